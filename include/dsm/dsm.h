@@ -1,0 +1,12 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+// Everything: the vocabulary, then one header per family of operators.
+#include "dsm/dtype.h"
+#include "dsm/error.h"
+#include "dsm/launch.h"
+#include "dsm/norm_rope.h"
+#include "dsm/parallel.h"
+#include "dsm/registry.h"
+#include "dsm/tensor_view.h"
+#include "dsm/version.h"
