@@ -37,7 +37,8 @@ void Check::tensor(const char* argument, const TensorView& tensor, const char* s
   bool fits = tensor && tensor.rank == rank && std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end();
   for (int i = 0; fits && i < rank; ++i) fits = shape.begin()[i] == kAny || shape.begin()[i] == tensor.shape[i];
   if (fits) return;
-  fail(argument, std::string(shape_text) + " = " + bracketed(shape.begin(), rank) + " " + join(dtypes), describe(tensor));
+  fail(argument, std::string(shape_text) + " = " + bracketed(shape.begin(), rank) + " " + join(dtypes),
+       describe(tensor));
 }
 
 void Check::contiguous(const char* argument, const TensorView& view, const char* shape_text,
@@ -47,8 +48,8 @@ void Check::contiguous(const char* argument, const TensorView& view, const char*
 }
 
 void Check::unit_last_stride(const char* argument, const TensorView& tensor) const {
-  that(tensor.size(-1) <= 1 || tensor.stride[tensor.rank - 1] == 1, argument, "contiguous in its last dimension",
-       "strides " + bracketed(tensor.stride.data(), tensor.rank));
+  that(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride[tensor.rank - 1] == 1, argument,
+       "contiguous in its last dimension", "strides " + bracketed(tensor.stride.data(), tensor.rank));
 }
 
 void Check::on_device(const Device& device, std::initializer_list<Named> tensors) const {

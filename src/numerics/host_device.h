@@ -7,3 +7,11 @@
 #else
 #define DSM_HD
 #endif
+
+// Small functions are always inlined: a copy that the compiler emitted in a source built for a wider instruction set
+// could otherwise be the one the linker keeps for every source.
+#if defined(__CUDACC__)
+#define DSM_HD_INLINE __host__ __device__ __forceinline__
+#else
+#define DSM_HD_INLINE inline __attribute__((always_inline))
+#endif
