@@ -8,7 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
-from .norm_rope import rms_norm
+from .norm_rope import rms_norm, rope, rope_frequencies
 
 __all__ = [
     "flash_attn",
@@ -17,4 +17,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "rms_norm",
+    "rope",
+    "rope_frequencies",
 ]
