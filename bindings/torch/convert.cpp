@@ -87,6 +87,10 @@ Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> shape, Scal
   return empty(like, std::vector<std::int64_t>(shape), dtype);
 }
 
+Tensor empty_on_cpu(const std::vector<std::int64_t>& shape, ScalarType dtype) {
+  return torch::stable::empty({shape.data(), shape.size()}, dtype);
+}
+
 Tensor empty_like(const Tensor& like) {
   const auto sizes = like.sizes();
   return empty(like, std::vector<std::int64_t>(sizes.begin(), sizes.end()), like.scalar_type());

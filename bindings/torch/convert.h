@@ -29,6 +29,9 @@ TensorView view(const std::optional<Tensor>& tensor);
 Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
 Tensor empty(const Tensor& like, const std::vector<std::int64_t>& shape, ScalarType dtype);
 
+/// A new contiguous tensor for operators that take none, contents arbitrary.
+Tensor empty_on_cpu(const std::vector<std::int64_t>& shape, ScalarType dtype);
+
 /// A new contiguous tensor of the shape and dtype of `like`.
 Tensor empty_like(const Tensor& like);
 

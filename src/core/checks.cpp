@@ -19,7 +19,8 @@ std::string bracketed(const std::int64_t* extents, int rank) {
 
 std::string join(Check::DTypes dtypes) {
   std::string text;
-  for (DType dtype : dtypes) text += (text.empty() ? "" : "|") + std::string(name(dtype));
+  for (const DType* dtype = dtypes.begin(); dtype != dtypes.end(); ++dtype)
+    if (std::find(dtypes.begin(), dtype, *dtype) == dtype) text += (text.empty() ? "" : "|") + std::string(name(*dtype));
   return text;
 }
 

@@ -15,3 +15,21 @@
 #else
 #define DSM_HD_INLINE inline __attribute__((always_inline))
 #endif
+
+namespace dsm {
+
+/// a · b rounded to T and not fused into an addition. (The host code is compiled with -ffp-contract=off, nvcc's device
+/// code fuses by default.)
+template <class T>
+DSM_HD_INLINE T rounded_product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float))
+    return __fmul_rn(a, b);
+  else
+    return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+}  // namespace dsm
