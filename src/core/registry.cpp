@@ -22,10 +22,9 @@ std::vector<Choice> record;
 
 bool same(const Choice& a, const Choice& b) {
   return a.operation == b.operation && a.implementation == b.implementation &&
-         std::equal(a.rejections.begin(), a.rejections.end(), b.rejections.begin(), b.rejections.end(),
-                    [](const auto& x, const auto& y) {
-                      return x.implementation == y.implementation && x.reason == y.reason;
-                    });
+         std::equal(
+             a.rejections.begin(), a.rejections.end(), b.rejections.begin(), b.rejections.end(),
+             [](const auto& x, const auto& y) { return x.implementation == y.implementation && x.reason == y.reason; });
 }
 
 // The part of DSM_FORCE_IMPL that concerns one operator: "cpu" for "rms_norm" in "rope:cuda,rms_norm:cpu".

@@ -25,8 +25,8 @@ template <class Args>
 struct Implementation {
   const char* name;  ///< "cpu", "cuda" or "sm90"
   DeviceType device;
-  void (*run)(const Args&, const Launch&);           ///< null: not in this build
-  Reason (*supports)(const Args&) = nullptr;         ///< null: every request that passed the checks
+  void (*run)(const Args&, const Launch&);    ///< null: not in this build
+  Reason (*supports)(const Args&) = nullptr;  ///< null: every request that passed the checks
 };
 
 /// The untyped part of an operator: its entry in the list of all operators and the choice among the rows.

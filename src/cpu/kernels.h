@@ -1,0 +1,71 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+// What is compiled once for each CPU instruction set (kernels_*.cpp) and chosen when the program starts.
+
+#include <cstdint>
+
+#include "src/cpu/gemm.h"
+
+namespace dsm::cpu {
+
+/// C[m,n] (+)= alpha A[m,k] B[k,n] for a strip of at most `strip_columns` columns, k <= 256 or so.
+template <class Acc>
+struct StripProduct {
+  std::int64_t m, n, k;
+  Acc alpha;
+  const Acc* a;
+  std::int64_t a_row_stride, a_col_stride;
+  const std::int32_t* a_rows;  ///< as Matrix::rows
+  const Acc* b;                ///< rows are contiguous, and readable up to n rounded up to `lanes`
+  std::int64_t b_row_stride;
+  bool accumulate;  ///< false: C is not read
+  Acc* c;
+  std::int64_t ldc;
+};
+
+/// Building blocks for float or double. What each does is said where its caller is declared: gemm.h, convert.h,
+/// vector_math.h.
+template <class T>
+struct Kernels {
+  std::int64_t lanes;          ///< elements of a SIMD vector
+  std::int64_t strip_columns;  ///< columns of B that stay in registers
+  void (*multiply_strip)(const StripProduct<T>&);
+
+  /// out[i * ld + j] = T(matrix(i, j)); columns are zero-filled up to a multiple of `lanes`, which ld must allow.
+  void (*widen)(const Matrix&, std::int64_t rows, std::int64_t cols, T* out, std::int64_t ld);
+  void (*narrow)(const T*, std::int64_t n, void* out, DType);
+
+  T (*exp_scaled)(T* x, std::int64_t n, T scale, T shift);
+  void (*sigmoid)(const T* x, std::int64_t n, T* y);
+  void (*silu)(const T* x, std::int64_t n, T* y);
+  void (*scale)(T* x, std::int64_t n, T factor);
+  T (*max)(const T* x, std::int64_t n);
+  T (*sum)(const T* x, std::int64_t n);
+  T (*dot)(const T* x, const T* y, std::int64_t n);
+};
+
+enum class Isa { baseline, avx2, avx512 };
+
+struct IsaKernels {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+extern const IsaKernels kBaselineKernels;
+#if defined(__x86_64__)
+extern const IsaKernels kAvx2Kernels;
+extern const IsaKernels kAvx512Kernels;
+#endif
+
+/// Whether this processor (and its operating system) can run the instruction set's kernels.
+bool supported(Isa);
+
+/// The kernels in use: those of the best supported instruction set.
+template <class T>
+const Kernels<T>& kernels();
+
+/// Runs every later call with another instruction set, which must be supported. Not while operators are running.
+void set_isa_for_test(Isa);
+
+}  // namespace dsm::cpu

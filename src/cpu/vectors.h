@@ -1,0 +1,190 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+// SIMD vectors in the compiler's vector extension, at the width of the instruction set this file is compiled for.
+//
+// Included only by src/cpu/kernels_*.cpp, which are compiled for different processors and linked together. So that
+// the linker can never pick, say, an AVX-512 copy of a function for everybody, everything here and in *_kernels.h has
+// internal linkage, and no header that defines functions (the standard library's, src/numerics) is used. This is why
+// the 16-bit conversions are written out here; tests compare them with src/numerics for every code.
+
+#include <cstdint>
+#include <utility>  // std::integer_sequence, a type
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+// Vectors wider than the registers are passed between functions that are all in this file: no ABI to be kept.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace dsm::cpu {
+namespace {
+
+using Index = std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Storage of the 16-bit types; distinct, so that overloads tell them apart.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T, int N>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(sizeof(T) * N)));
+};
+
+/// N elements of T as one value with element-wise operators.
+template <class T, int N = kLanes<T>>
+using Vector = typename VectorOf<T, N>::Type;
+
+template <class V>
+inline V load_bytes(const void* source) {
+  V v;
+  __builtin_memcpy(&v, source, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* target, V v) {
+  __builtin_memcpy(target, &v, sizeof v);
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return load_bytes<To>(&from);
+}
+
+template <class T>
+inline Vector<T> broadcast(T x) {
+  return x - Vector<T>{};  // x - 0 is x, also for -0
+}
+
+/// `mask` lanes are all ones or all zeros.
+template <class I>
+inline I select(I mask, I if_true, I if_false) {
+  return (mask & if_true) | (~mask & if_false);
+}
+
+// N consecutive elements of a storage type; the 16-bit types as floats, exactly.
+
+template <int N>
+inline Vector<double, N> widen(const double* source) {
+  return load_bytes<Vector<double, N>>(source);
+}
+
+template <int N>
+inline Vector<float, N> widen(const float* source) {
+  return load_bytes<Vector<float, N>>(source);
+}
+
+template <int N>
+inline Vector<float, N> widen(const BFloat16* source) {
+  const auto bits = load_bytes<Vector<std::uint16_t, N>>(source);
+  return bit_cast<Vector<float, N>>(__builtin_convertvector(bits, Vector<std::uint32_t, N>) << 16);
+}
+
+template <int N>
+inline Vector<float, N> widen(const Float16* source) {
+  using F = Vector<float, N>;
+  using I = Vector<std::int32_t, N>;
+#if defined(__AVX512F__) && defined(__F16C__)
+  if constexpr (N == 16) return bit_cast<F>(_mm512_cvtph_ps(load_bytes<__m256i>(source)));
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8) return bit_cast<F>(_mm256_cvtph_ps(load_bytes<__m128i>(source)));
+#endif
+  const I half = __builtin_convertvector(load_bytes<Vector<std::uint16_t, N>>(source), I);
+  const I exponent = half & 0x7c00, payload = (half & 0x7fff) << 13;
+  const I normal = payload + ((127 - 15) << 23), special = payload | 0x7f800000;
+  const I subnormal = bit_cast<I>(__builtin_convertvector(half & 0x3ff, F) * 0x1p-24f);
+  const I magnitude = select<I>(exponent == 0, subnormal, select<I>(exponent == 0x7c00, special, normal));
+  return bit_cast<F>(magnitude | ((half & 0x8000) << 16));
+}
+
+/// kLanes<Acc> consecutive elements of a storage type as Acc. Exact, but float64 to float32 rounds.
+template <class Acc, class T>
+inline Vector<Acc> load(const T* source) {
+  return __builtin_convertvector(widen<kLanes<Acc>>(source), Vector<Acc>);
+}
+// The other way: rounds to nearest, ties to even; NaN stays NaN (quiet, its payload cut).
+
+template <class T>
+inline void narrow(Vector<T> value, double* target) {
+  store(target, __builtin_convertvector(value, Vector<double, kLanes<T>>));
+}
+
+template <class T>
+inline void narrow(Vector<T> value, float* target) {
+  store(target, __builtin_convertvector(value, Vector<float, kLanes<T>>));
+}
+
+template <class T>
+inline void narrow(Vector<T> value, BFloat16* target) {
+  constexpr int n = kLanes<T>;
+  using U = Vector<std::uint32_t, n>;
+  using I = Vector<std::int32_t, n>;
+  const Vector<float, n> x = __builtin_convertvector(value, Vector<float, n>);
+  const U bits = bit_cast<U>(x), upper = bits >> 16;
+  const U result = select<U>(bit_cast<U>(I(x != x)), upper | 0x40, (bits + 0x7fff + (upper & 1)) >> 16);
+  store(target, __builtin_convertvector(result, Vector<std::uint16_t, n>));
+}
+
+template <class T>
+inline void narrow(Vector<T> value, Float16* target) {
+  constexpr int n = kLanes<T>;
+  using F = Vector<float, n>;
+  using I = Vector<std::int32_t, n>;
+  const F x = __builtin_convertvector(value, F);
+#if defined(__AVX512F__) && defined(__F16C__)
+  if constexpr (n == 16) return store(target, _mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8) return store(target, _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  const I bits = bit_cast<I>(x), magnitude = bits & 0x7fffffff;
+  // Adding 0.5 leaves multiples of 2^-24, the unit of subnormals, in the low bits.
+  const I subnormal = bit_cast<I>(bit_cast<F>(magnitude) + 0.5f) - bit_cast<std::int32_t>(0.5f);
+  const I normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const I finite = select<I>(magnitude < ((127 - 14) << 23), subnormal, select<I>(normal < 0x7c00, normal, I{} + 0x7c00));
+  const I nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  const I result = select<I>(magnitude > 0x7f800000, nan, finite) | ((bits >> 16) & 0x8000);
+  store(target, __builtin_convertvector(result, Vector<std::uint16_t, n>));
+}
+
+// Transposition of kLanes x kLanes elements: step S = 1, 2, 4, ... swaps the off-diagonal S x S blocks.
+
+template <int S, class V, int... L>
+inline void swap_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
+  constexpr int n = sizeof...(L);
+  const V low = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
+  b = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
+  a = low;
+}
+
+template <class T, int S = 1>
+inline void transpose(Vector<T>* rows) {
+  if constexpr (S < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(i & S)) swap_blocks<S>(rows[i], rows[i + S], std::make_integer_sequence<int, kLanes<T>>{});
+    transpose<T, 2 * S>(rows);
+  }
+}
+
+}  // namespace
+}  // namespace dsm::cpu
