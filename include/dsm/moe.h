@@ -46,17 +46,17 @@ enum class Normalize : std::uint8_t {
 /// alone, is refused on CPU; on CUDA, where a kernel cannot refuse, that row's weights are NaN and its indices valid.
 /// Sources: DeepSeek-V3 and -V4 reference gates; capacity as in GShard (arXiv 2006.16668).
 struct MoeGateArgs {
-  TensorView logits;     ///< [tokens, experts] float32|float64, rows any distance apart
-  TensorView bias;       ///< [experts] float32, finite or -inf; absent: 0
-  TensorView token_ids;  ///< [tokens] int64 in [0, vocab); present exactly when tid2eid is
-  TensorView tid2eid;    ///< [vocab, topk] int32|int64 in [0, experts)
+  TensorView logits{};     ///< [tokens, experts] float32|float64, rows any distance apart
+  TensorView bias{};       ///< [experts] float32, finite or -inf; absent: 0
+  TensorView token_ids{};  ///< [tokens] int64 in [0, vocab); present exactly when tid2eid is
+  TensorView tid2eid{};    ///< [vocab, topk] int32|int64 in [0, experts)
   Scoring scoring = Scoring::softmax;
   Normalize normalize = Normalize::selected;
   double routed_scaling_factor = 1;
   std::int64_t n_group = 1, topk_group = 1;
   std::int64_t capacity_rows = -1;  ///< -1: no limit
-  TensorView weights;               ///< out [tokens, topk] logits' dtype
-  TensorView indices;               ///< out [tokens, topk] int32: expert, or -1 - expert where dropped
+  TensorView weights{};               ///< out [tokens, topk] logits' dtype
+  TensorView indices{};               ///< out [tokens, topk] int32: expert, or -1 - expert where dropped
 };
 DSM_API void moe_gate(const MoeGateArgs& args, const Launch& launch = {});
 
@@ -64,13 +64,13 @@ DSM_API void moe_gate(const MoeGateArgs& args, const Launch& launch = {});
 /// experts has none. A dropped pair's weight is the constant 0, yet under Normalize::selected its score is part of the
 /// sum and gets its gradient from there.
 struct MoeGateBackwardArgs {
-  TensorView dweights;  ///< [tokens, topk] logits' dtype, contiguous
-  TensorView logits;    ///< as in the forward call
-  TensorView indices;   ///< [tokens, topk] as returned by the forward call
+  TensorView dweights{};  ///< [tokens, topk] logits' dtype, contiguous
+  TensorView logits{};    ///< as in the forward call
+  TensorView indices{};   ///< [tokens, topk] as returned by the forward call
   Scoring scoring = Scoring::softmax;
   Normalize normalize = Normalize::selected;
   double routed_scaling_factor = 1;
-  TensorView dlogits;  ///< out [tokens, experts] logits' dtype
+  TensorView dlogits{};  ///< out [tokens, experts] logits' dtype
 };
 DSM_API void moe_gate_backward(const MoeGateBackwardArgs& args, const Launch& launch = {});
 
@@ -83,77 +83,77 @@ DSM_API void moe_gate_backward(const MoeGateBackwardArgs& args, const Launch& la
 ///
 /// The derivative of `rows` by x is moe_combine without weights. Without x (and rows) only the plan is made.
 struct MoePermuteArgs {
-  TensorView x;               ///< [tokens, hidden] floating, rows any distance apart; absent: plan only
-  TensorView indices;         ///< [tokens, topk] int32 < experts; negative: dropped
-  TensorView rows;            ///< out [tokens * topk, hidden]; present exactly when x is
-  TensorView expert_offsets;  ///< out [experts + 1] int32
-  TensorView row_of_slot;     ///< out [tokens, topk] int32
-  TensorView slot_of_row;     ///< out [tokens * topk] int32
+  TensorView x{};               ///< [tokens, hidden] floating, rows any distance apart; absent: plan only
+  TensorView indices{};         ///< [tokens, topk] int32 < experts; negative: dropped
+  TensorView rows{};            ///< out [tokens * topk, hidden]; present exactly when x is
+  TensorView expert_offsets{};  ///< out [experts + 1] int32
+  TensorView row_of_slot{};     ///< out [tokens, topk] int32
+  TensorView slot_of_row{};     ///< out [tokens * topk] int32
 };
 DSM_API void moe_permute(const MoePermuteArgs& args, const Launch& launch = {});
 
 /// c[row] = a[row] · b[e]ᵀ for the rows [expert_offsets[e], expert_offsets[e + 1]) of each expert e (a[row] · b[e] when
 /// transpose_b is false), 0 behind the last expert's rows, whatever a holds there.
 struct GroupedGemmArgs {
-  TensorView a;               ///< [rows, k] floating, rows any distance apart
-  TensorView b;               ///< [experts, n, k], or [experts, k, n] when transpose_b is false; contiguous
-  TensorView expert_offsets;  ///< [experts + 1] int32, from 0, not decreasing, at most rows
+  TensorView a{};               ///< [rows, k] floating, rows any distance apart
+  TensorView b{};               ///< [experts, n, k], or [experts, k, n] when transpose_b is false; contiguous
+  TensorView expert_offsets{};  ///< [experts + 1] int32, from 0, not decreasing, at most rows
   bool transpose_b = true;
-  TensorView c;  ///< out [rows, n]
+  TensorView c{};  ///< out [rows, n]
 };
 DSM_API void grouped_gemm(const GroupedGemmArgs& args, const Launch& launch = {});
 
 /// da[row] = dc[row] · b[e], db[e] = Σ_rows dc[row]ᵀ a[row] (transposed accordingly when transpose_b is false); da is 0
 /// behind the last expert's rows and db 0 for an expert without rows.
 struct GroupedGemmBackwardArgs {
-  TensorView dc;              ///< [rows, n], rows any distance apart
-  TensorView a;               ///< as in the forward call
-  TensorView b;               ///< as in the forward call
-  TensorView expert_offsets;  ///< as in the forward call
+  TensorView dc{};              ///< [rows, n], rows any distance apart
+  TensorView a{};               ///< as in the forward call
+  TensorView b{};               ///< as in the forward call
+  TensorView expert_offsets{};  ///< as in the forward call
   bool transpose_b = true;
-  TensorView da;  ///< out [rows, k]; absent: not computed
-  TensorView db;  ///< out, b's shape; absent: not computed
+  TensorView da{};  ///< out [rows, k]; absent: not computed
+  TensorView db{};  ///< out, b's shape; absent: not computed
 };
 DSM_API void grouped_gemm_backward(const GroupedGemmBackwardArgs& args, const Launch& launch = {});
 
 /// y = silu(min(g, limit)) · clamp(u, -limit, limit) with z = [g | u] and silu(v) = v / (1 + exp(-v)), in wide.
 /// Source: Shazeer 2020 (arXiv 2002.05202); the limit is DeepSeek-V4's.
 struct SwigluArgs {
-  TensorView z;  ///< [rows, 2 * intermediate] floating, rows any distance apart
+  TensorView z{};  ///< [rows, 2 * intermediate] floating, rows any distance apart
   double limit = std::numeric_limits<double>::infinity();  ///< > 0
-  TensorView y;                                            ///< out [rows, intermediate]
+  TensorView y{};                                            ///< out [rows, intermediate]
 };
 DSM_API void swiglu(const SwigluArgs& args, const Launch& launch = {});
 
 /// dz of swiglu: 0 where g or u lies beyond the limit (at the limit itself the derivative from inside).
 struct SwigluBackwardArgs {
-  TensorView dy;  ///< [rows, intermediate], rows any distance apart
-  TensorView z;   ///< as in the forward call
+  TensorView dy{};  ///< [rows, intermediate], rows any distance apart
+  TensorView z{};   ///< as in the forward call
   double limit = std::numeric_limits<double>::infinity();
-  TensorView dz;  ///< out [rows, 2 * intermediate]
+  TensorView dz{};  ///< out [rows, 2 * intermediate]
 };
 DSM_API void swiglu_backward(const SwigluBackwardArgs& args, const Launch& launch = {});
 
 /// y[token] = Σ_slot weights[token, slot] · rows[row_of_slot[token, slot]] + shared[token] in wide, by increasing row
 /// (so by increasing expert), the shared expert last. Rows that no slot names are not read.
 struct MoeCombineArgs {
-  TensorView rows;         ///< [rows, hidden] floating, contiguous
-  TensorView row_of_slot;  ///< [tokens, topk] int32 < rows; negative: the slot adds nothing
-  TensorView weights;      ///< [tokens, topk] wide; absent: 1
-  TensorView shared;       ///< [tokens, hidden]; absent: 0
-  TensorView y;            ///< out [tokens, hidden]
+  TensorView rows{};         ///< [rows, hidden] floating, contiguous
+  TensorView row_of_slot{};  ///< [tokens, topk] int32 < rows; negative: the slot adds nothing
+  TensorView weights{};      ///< [tokens, topk] wide; absent: 1
+  TensorView shared{};       ///< [tokens, hidden]; absent: 0
+  TensorView y{};            ///< out [tokens, hidden]
 };
 DSM_API void moe_combine(const MoeCombineArgs& args, const Launch& launch = {});
 
 /// drows[row] = weights[token, slot] · dy[token], 0 for a row that no slot names; dweights[token, slot] =
 /// dy[token] · rows[row], 0 where dropped. dshared is dy itself.
 struct MoeCombineBackwardArgs {
-  TensorView dy;           ///< [tokens, hidden], contiguous
-  TensorView rows;         ///< as in the forward call
-  TensorView row_of_slot;  ///< as in the forward call, naming no row twice
-  TensorView weights;      ///< as in the forward call
-  TensorView drows;        ///< out [rows, hidden]
-  TensorView dweights;     ///< out [tokens, topk] wide; absent exactly when weights is
+  TensorView dy{};           ///< [tokens, hidden], contiguous
+  TensorView rows{};         ///< as in the forward call
+  TensorView row_of_slot{};  ///< as in the forward call, naming no row twice
+  TensorView weights{};      ///< as in the forward call
+  TensorView drows{};        ///< out [rows, hidden]
+  TensorView dweights{};     ///< out [tokens, topk] wide; absent exactly when weights is
 };
 DSM_API void moe_combine_backward(const MoeCombineBackwardArgs& args, const Launch& launch = {});
 
@@ -164,17 +164,17 @@ DSM_API void moe_combine_backward(const MoeCombineBackwardArgs& args, const Laun
 /// with rows in moe_permute's order. The shared expert is visited by every token with weight 1. z is rounded only where
 /// it is stored; the forward result comes from the unrounded values.
 struct MoeFfnArgs {
-  TensorView x;           ///< [tokens, hidden] floating, rows any distance apart
-  TensorView weights;     ///< [tokens, topk] wide, contiguous
-  TensorView indices;     ///< [tokens, topk] int32 < experts, contiguous; negative: dropped
-  TensorView w13;         ///< [experts, 2 * intermediate, hidden]: gate rows, then up rows; contiguous
-  TensorView w2;          ///< [experts, hidden, intermediate], contiguous
-  TensorView shared_w13;  ///< [2 * shared_intermediate, hidden], contiguous; absent: no shared expert
-  TensorView shared_w2;   ///< [hidden, shared_intermediate], contiguous; present exactly when shared_w13 is
+  TensorView x{};           ///< [tokens, hidden] floating, rows any distance apart
+  TensorView weights{};     ///< [tokens, topk] wide, contiguous
+  TensorView indices{};     ///< [tokens, topk] int32 < experts, contiguous; negative: dropped
+  TensorView w13{};         ///< [experts, 2 * intermediate, hidden]: gate rows, then up rows; contiguous
+  TensorView w2{};          ///< [experts, hidden, intermediate], contiguous
+  TensorView shared_w13{};  ///< [2 * shared_intermediate, hidden], contiguous; absent: no shared expert
+  TensorView shared_w2{};   ///< [hidden, shared_intermediate], contiguous; present exactly when shared_w13 is
   double swiglu_limit = std::numeric_limits<double>::infinity();  ///< > 0
-  TensorView y;                                                   ///< out [tokens, hidden]
-  TensorView z;  ///< out [tokens * topk, 2 * intermediate] for the backward pass, 0 behind the last kept pair; absent: not kept
-  TensorView shared_z;  ///< out [tokens, 2 * shared_intermediate]; present exactly when z and shared_w13 are
+  TensorView y{};                                                   ///< out [tokens, hidden]
+  TensorView z{};  ///< out [tokens * topk, 2 * intermediate] for the backward pass, 0 behind the last kept pair; absent: not kept
+  TensorView shared_z{};  ///< out [tokens, 2 * shared_intermediate]; present exactly when z and shared_w13 are
 };
 DSM_API void moe_ffn(const MoeFfnArgs& args, const Launch& launch = {});
 
@@ -186,23 +186,23 @@ DSM_API void moe_ffn(const MoeFfnArgs& args, const Launch& launch = {});
 ///
 /// so neither y's rows nor their gradients are needed (SonicMoE, arXiv 2512.14080). Dropped pairs get 0.
 struct MoeFfnBackwardArgs {
-  TensorView dy;       ///< [tokens, hidden], rows any distance apart
-  TensorView x;        ///< this and the next ones as in the forward call
-  TensorView weights;
-  TensorView indices;
-  TensorView w13;
-  TensorView w2;
-  TensorView shared_w13;
-  TensorView shared_w2;
+  TensorView dy{};       ///< [tokens, hidden], rows any distance apart
+  TensorView x{};        ///< this and the next ones as in the forward call
+  TensorView weights{};
+  TensorView indices{};
+  TensorView w13{};
+  TensorView w2{};
+  TensorView shared_w13{};
+  TensorView shared_w2{};
   double swiglu_limit = std::numeric_limits<double>::infinity();
-  TensorView z;           ///< as returned by the forward call
-  TensorView shared_z;    ///< as returned by the forward call
-  TensorView dx;          ///< out [tokens, hidden]
-  TensorView dweights;    ///< out [tokens, topk] wide
-  TensorView dw13;        ///< out, as w13; this and dw2 absent: no weight gradients
-  TensorView dw2;         ///< out, as w2
-  TensorView dshared_w13; ///< out, as shared_w13; present exactly when that and dw13 are
-  TensorView dshared_w2;  ///< out, as shared_w2; present exactly when that and dw2 are
+  TensorView z{};           ///< as returned by the forward call
+  TensorView shared_z{};    ///< as returned by the forward call
+  TensorView dx{};          ///< out [tokens, hidden]
+  TensorView dweights{};    ///< out [tokens, topk] wide
+  TensorView dw13{};        ///< out, as w13; this and dw2 absent: no weight gradients
+  TensorView dw2{};         ///< out, as w2
+  TensorView dshared_w13{}; ///< out, as shared_w13; present exactly when that and dw13 are
+  TensorView dshared_w2{};  ///< out, as shared_w2; present exactly when that and dw2 are
 };
 DSM_API void moe_ffn_backward(const MoeFfnBackwardArgs& args, const Launch& launch = {});
 

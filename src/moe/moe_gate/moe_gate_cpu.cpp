@@ -121,7 +121,7 @@ void check_values(const MoeGateArgs& a) {
   parallel_for(0, tokens, token_grain(experts), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       const T* logits = a.logits.as<const T>() + t * a.logits.stride[0];
-      const bool ordered = std::all_of(logits, logits + experts, [](T v) { return v < kInfinity; });
+      const bool ordered = std::all_of(logits, logits + experts, [=](T v) { return v < kInfinity; });
       const bool scored = a.scoring != Scoring::softmax || cpu::max(logits, experts) > -kInfinity;
       if (ordered && scored) continue;
       for (std::int64_t seen = bad_row; t < seen && !bad_row.compare_exchange_weak(seen, t);) {
