@@ -2,6 +2,7 @@
 #pragma once
 
 // Everything: the vocabulary, then one header per family of operators.
+#include "dsm/attention.h"
 #include "dsm/dtype.h"
 #include "dsm/error.h"
 #include "dsm/launch.h"
