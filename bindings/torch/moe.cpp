@@ -49,20 +49,20 @@ std::tuple<Tensor, Tensor> moe_gate(const Tensor& logits, std::int64_t topk, con
   if (topk < 1) throw Error("moe_gate", "topk", "at least 1", std::to_string(topk));
   Tensor weights = empty(logits, {tokens, topk}, logits.scalar_type());
   Tensor indices = empty(logits, {tokens, topk}, ScalarType::Int);
-  Call call(logits);
-  dsm::moe_gate({.logits = view(logits),
-                 .bias = view(bias),
-                 .token_ids = view(token_ids),
-                 .tid2eid = view(tid2eid),
-                 .scoring = scoring_named(scoring),
-                 .normalize = normalize_named(normalize),
-                 .routed_scaling_factor = routed_scaling_factor,
-                 .n_group = n_group,
-                 .topk_group = topk_group,
-                 .capacity_rows = capacity_rows,
-                 .weights = view(weights),
-                 .indices = view(indices)},
-                call.launch());
+  const MoeGateArgs args{.logits = view(logits),
+                         .bias = view(bias),
+                         .token_ids = view(token_ids),
+                         .tid2eid = view(tid2eid),
+                         .scoring = scoring_named(scoring),
+                         .normalize = normalize_named(normalize),
+                         .routed_scaling_factor = routed_scaling_factor,
+                         .n_group = n_group,
+                         .topk_group = topk_group,
+                         .capacity_rows = capacity_rows,
+                         .weights = view(weights),
+                         .indices = view(indices)};
+  Call call(logits, moe_gate_workspace(args));
+  dsm::moe_gate(args, call.launch());
   return {weights, indices};
 }
 
@@ -103,12 +103,9 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offse
   Tensor c = empty(a, {extent("grouped_gemm", "a", a, 0, 2), extent("grouped_gemm", "b", b, transpose_b ? 1 : 2, 3)},
                    a.scalar_type());
   Call call(a);
-  dsm::grouped_gemm({.a = view(a),
-                     .b = view(b),
-                     .expert_offsets = view(expert_offsets),
-                     .transpose_b = transpose_b,
-                     .c = view(c)},
-                    call.launch());
+  dsm::grouped_gemm(
+      {.a = view(a), .b = view(b), .expert_offsets = view(expert_offsets), .transpose_b = transpose_b, .c = view(c)},
+      call.launch());
   return c;
 }
 
@@ -145,8 +142,9 @@ Tensor swiglu_backward(const Tensor& dy, const Tensor& z, double limit) {
 
 Tensor moe_combine(const Tensor& rows, const Tensor& row_of_slot, const OptionalTensor& weights,
                    const OptionalTensor& shared) {
-  Tensor y = empty(rows, {extent("moe_combine", "row_of_slot", row_of_slot, 0, 2), extent("moe_combine", "rows", rows, 1, 2)},
-                   rows.scalar_type());
+  Tensor y =
+      empty(rows, {extent("moe_combine", "row_of_slot", row_of_slot, 0, 2), extent("moe_combine", "rows", rows, 1, 2)},
+            rows.scalar_type());
   Call call(rows);
   dsm::moe_combine({.rows = view(rows),
                     .row_of_slot = view(row_of_slot),
@@ -178,8 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_ffn(const Tensor& x, const Tensor& weight
   const std::int64_t tokens = extent("moe_ffn", "x", x, 0, 2);
   const bool keep_shared = keep_z && shared_w13.has_value();
   Tensor y = empty_like(x);
-  Tensor z = empty(x, {keep_z ? tokens * extent("moe_ffn", "indices", indices, 1, 2) : 0, extent("moe_ffn", "w13", w13, 1, 3)},
-                   x.scalar_type());
+  Tensor z =
+      empty(x, {keep_z ? tokens * extent("moe_ffn", "indices", indices, 1, 2) : 0, extent("moe_ffn", "w13", w13, 1, 3)},
+            x.scalar_type());
   Tensor shared_z =
       empty(x, {keep_shared ? tokens : 0, shared_w13 ? extent("moe_ffn", "shared_w13", *shared_w13, 0, 2) : 0},
             x.scalar_type());
@@ -200,9 +199,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_ffn(const Tensor& x, const Tensor& weight
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& indices, const Tensor& w13, const Tensor& w2,
-    const OptionalTensor& shared_w13, const OptionalTensor& shared_w2, double swiglu_limit, const Tensor& z,
-    const Tensor& shared_z, bool weight_gradients) {
+    const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& indices, const Tensor& w13,
+    const Tensor& w2, const OptionalTensor& shared_w13, const OptionalTensor& shared_w2, double swiglu_limit,
+    const Tensor& z, const Tensor& shared_z, bool weight_gradients) {
   const auto gradient_of = [&](const OptionalTensor& weight) {
     return empty_like_or_nothing(weight_gradients ? weight : std::nullopt, x);
   };
@@ -236,7 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   m.def(
       "moe_gate(Tensor logits, int topk, Tensor? bias, Tensor? token_ids, Tensor? tid2eid, str scoring, str normalize, "
-      "float routed_scaling_factor, int n_group, int topk_group, int capacity_rows) -> (Tensor weights, Tensor indices)");
+      "float routed_scaling_factor, int n_group, int topk_group, int capacity_rows) -> (Tensor weights, Tensor "
+      "indices)");
   m.def(
       "moe_gate_backward(Tensor dweights, Tensor logits, Tensor indices, str scoring, str normalize, "
       "float routed_scaling_factor) -> Tensor dlogits");
@@ -257,7 +257,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
       "moe_ffn(Tensor x, Tensor weights, Tensor indices, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, "
       "float swiglu_limit, bool keep_z) -> (Tensor y, Tensor z, Tensor shared_z)");
   m.def(
-      "moe_ffn_backward(Tensor dy, Tensor x, Tensor weights, Tensor indices, Tensor w13, Tensor w2, Tensor? shared_w13, "
+      "moe_ffn_backward(Tensor dy, Tensor x, Tensor weights, Tensor indices, Tensor w13, Tensor w2, Tensor? "
+      "shared_w13, "
       "Tensor? shared_w2, float swiglu_limit, Tensor z, Tensor shared_z, bool weight_gradients) -> "
       "(Tensor dx, Tensor dweights, Tensor dw13, Tensor dw2, Tensor dshared_w13, Tensor dshared_w2)");
 }
@@ -275,7 +276,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   library.impl("moe_ffn", TORCH_BOX(&moe_ffn));                             \
   library.impl("moe_ffn_backward", TORCH_BOX(&moe_ffn_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m) { DSM_IMPLEMENT(m) }
-STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }
 
 }  // namespace dsm::binding

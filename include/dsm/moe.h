@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -11,9 +12,9 @@
 // Mixture of experts: every token visits `topk` of `experts` small feed-forward networks, and a gate says which and how
 // much each counts. A (token, slot) pair, slot in [0, topk), is one visit.
 //
-// Unfused: moe_gate -> moe_permute -> grouped_gemm -> swiglu -> grouped_gemm -> moe_combine. Fused: moe_gate -> moe_ffn.
-// Both add a token's visits up in float32 (float64 for float64) by increasing expert, the shared expert last, as the
-// DeepSeek-V4 reference code does; on CPU their forward results are the same bits in float32 and float64.
+// Unfused: moe_gate -> moe_permute -> grouped_gemm -> swiglu -> grouped_gemm -> moe_combine. Fused: moe_gate ->
+// moe_ffn. Both add a token's visits up in float32 (float64 for float64) by increasing expert, the shared expert last,
+// as the DeepSeek-V4 reference code does; on CPU their forward results are the same bits in float32 and float64.
 //
 // "floating" below is float64|float32|float16|bfloat16, one dtype for all floating tensors of a call, and "wide" is
 // float32, or float64 where that dtype is float64. Products are accumulated in wide and rounded once.
@@ -39,12 +40,14 @@ enum class Normalize : std::uint8_t {
 ///      selection values; only experts of the topk_group best groups can be selected.
 ///   2. The topk largest selection values are selected, in decreasing order. With token_ids and tid2eid instead the
 ///      token's row of the table is, in its order (hash routing; bias and groups do not apply).
-///   3. capacity_rows >= 0: each expert keeps its first capacity_rows pairs by token, then slot; the others are dropped.
+///   3. capacity_rows >= 0: each expert keeps its first capacity_rows pairs by token, then slot; the others are
+///   dropped.
 ///   4. weights = s_e (without bias), normalised as said above, times routed_scaling_factor; 0 where dropped.
 ///
 /// Equal values: the smaller expert (or group) index first. A logit that is NaN or +inf, and for softmax a row of -inf
-/// alone, is refused on CPU; on CUDA, where a kernel cannot refuse, that row's weights are NaN and its indices valid.
-/// Sources: DeepSeek-V3 and -V4 reference gates; capacity as in GShard (arXiv 2006.16668).
+/// alone, is refused on CPU, and so is an id out of its range; on CUDA, where a kernel cannot refuse, that row's
+/// weights are NaN (0 where dropped) and its indices valid. Sources: DeepSeek-V3 and -V4 reference gates; capacity as
+/// in GShard (arXiv 2006.16668).
 struct MoeGateArgs {
   TensorView logits{};     ///< [tokens, experts] float32|float64, rows any distance apart
   TensorView bias{};       ///< [experts] float32, finite or -inf; absent: 0
@@ -55,10 +58,11 @@ struct MoeGateArgs {
   double routed_scaling_factor = 1;
   std::int64_t n_group = 1, topk_group = 1;
   std::int64_t capacity_rows = -1;  ///< -1: no limit
-  TensorView weights{};               ///< out [tokens, topk] logits' dtype
-  TensorView indices{};               ///< out [tokens, topk] int32: expert, or -1 - expert where dropped
+  TensorView weights{};             ///< out [tokens, topk] logits' dtype
+  TensorView indices{};             ///< out [tokens, topk] int32: expert, or -1 - expert where dropped
 };
 DSM_API void moe_gate(const MoeGateArgs& args, const Launch& launch = {});
+DSM_API std::size_t moe_gate_workspace(const MoeGateArgs& args);
 
 /// dlogits of moe_gate: the derivative of what it computes, through scores and both normalisations; the choice of
 /// experts has none. A dropped pair's weight is the constant 0, yet under Normalize::selected its score is part of the
@@ -121,7 +125,7 @@ DSM_API void grouped_gemm_backward(const GroupedGemmBackwardArgs& args, const La
 struct SwigluArgs {
   TensorView z{};  ///< [rows, 2 * intermediate] floating, rows any distance apart
   double limit = std::numeric_limits<double>::infinity();  ///< > 0
-  TensorView y{};                                            ///< out [rows, intermediate]
+  TensorView y{};                                          ///< out [rows, intermediate]
 };
 DSM_API void swiglu(const SwigluArgs& args, const Launch& launch = {});
 
@@ -172,22 +176,23 @@ struct MoeFfnArgs {
   TensorView shared_w13{};  ///< [2 * shared_intermediate, hidden], contiguous; absent: no shared expert
   TensorView shared_w2{};   ///< [hidden, shared_intermediate], contiguous; present exactly when shared_w13 is
   double swiglu_limit = std::numeric_limits<double>::infinity();  ///< > 0
-  TensorView y{};                                                   ///< out [tokens, hidden]
-  TensorView z{};  ///< out [tokens * topk, 2 * intermediate] for the backward pass, 0 behind the last kept pair; absent: not kept
+  TensorView y{};                                                 ///< out [tokens, hidden]
+  TensorView z{};         ///< out [tokens * topk, 2 * intermediate] for the backward pass, 0 behind the last kept pair;
+                          ///< absent: not kept
   TensorView shared_z{};  ///< out [tokens, 2 * shared_intermediate]; present exactly when z and shared_w13 are
 };
 DSM_API void moe_ffn(const MoeFfnArgs& args, const Launch& launch = {});
 
-/// Gradients of moe_ffn from x, z and the routing alone. With a = swiglu(z), s the pair's weight, da = dy[token] · w2[e]
-/// and dz = swiglu'(z) applied to s · da:
+/// Gradients of moe_ffn from x, z and the routing alone. With a = swiglu(z), s the pair's weight, da = dy[token] ·
+/// w2[e] and dz = swiglu'(z) applied to s · da:
 ///
 ///   dweights[pair] = a · da,   dx[token] = Σ_pairs dz · w13[e],   dw13[e] = Σ_rows dzᵀ x[token],
 ///   dw2[e] = Σ_rows dy[token]ᵀ (s · a)
 ///
 /// so neither y's rows nor their gradients are needed (SonicMoE, arXiv 2512.14080). Dropped pairs get 0.
 struct MoeFfnBackwardArgs {
-  TensorView dy{};       ///< [tokens, hidden], rows any distance apart
-  TensorView x{};        ///< this and the next ones as in the forward call
+  TensorView dy{};  ///< [tokens, hidden], rows any distance apart
+  TensorView x{};   ///< this and the next ones as in the forward call
   TensorView weights{};
   TensorView indices{};
   TensorView w13{};
@@ -195,14 +200,14 @@ struct MoeFfnBackwardArgs {
   TensorView shared_w13{};
   TensorView shared_w2{};
   double swiglu_limit = std::numeric_limits<double>::infinity();
-  TensorView z{};           ///< as returned by the forward call
-  TensorView shared_z{};    ///< as returned by the forward call
-  TensorView dx{};          ///< out [tokens, hidden]
-  TensorView dweights{};    ///< out [tokens, topk] wide
-  TensorView dw13{};        ///< out, as w13; this and dw2 absent: no weight gradients
-  TensorView dw2{};         ///< out, as w2
-  TensorView dshared_w13{}; ///< out, as shared_w13; present exactly when that and dw13 are
-  TensorView dshared_w2{};  ///< out, as shared_w2; present exactly when that and dw2 are
+  TensorView z{};            ///< as returned by the forward call
+  TensorView shared_z{};     ///< as returned by the forward call
+  TensorView dx{};           ///< out [tokens, hidden]
+  TensorView dweights{};     ///< out [tokens, topk] wide
+  TensorView dw13{};         ///< out, as w13; this and dw2 absent: no weight gradients
+  TensorView dw2{};          ///< out, as w2
+  TensorView dshared_w13{};  ///< out, as shared_w13; present exactly when that and dw13 are
+  TensorView dshared_w2{};   ///< out, as shared_w2; present exactly when that and dw2 are
 };
 DSM_API void moe_ffn_backward(const MoeFfnBackwardArgs& args, const Launch& launch = {});
 

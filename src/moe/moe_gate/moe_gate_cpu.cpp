@@ -34,7 +34,9 @@ void compute_scores(const T* logits, std::int64_t experts, Scoring scoring, T* s
       for (std::int64_t e = 0; e < experts; ++e) scores[e] /= sum;
       break;
     }
-    case Scoring::sigmoid: cpu::sigmoid(logits, experts, scores); break;
+    case Scoring::sigmoid:
+      cpu::sigmoid(logits, experts, scores);
+      break;
     case Scoring::sqrtsoftplus:
       for (std::int64_t e = 0; e < experts; ++e) scores[e] = sqrt_softplus(logits[e]);
   }
@@ -129,7 +131,8 @@ void check_values(const MoeGateArgs& a) {
     }
   });
   if (bad_row < tokens)
-    check.fail("logits", a.scoring == Scoring::softmax ? "below +inf, not NaN and not all -inf" : "below +inf and not NaN",
+    check.fail("logits",
+               a.scoring == Scoring::softmax ? "below +inf, not NaN and not all -inf" : "below +inf and not NaN",
                "another value in row " + std::to_string(bad_row));
   for (std::int64_t e = 0; a.bias && e < experts; ++e) {
     const float bias = a.bias.as<const float>()[e];
@@ -223,7 +226,8 @@ void backward(const MoeGateBackwardArgs& a) {
   const std::int32_t* all_indices = a.indices.as<const std::int32_t>();
   for (std::int64_t i = 0; i < tokens * topk; ++i)
     Check("moe_gate_backward")
-        .that(expert_of(all_indices[i]) < experts, "indices", "experts below " + std::to_string(experts), all_indices[i]);
+        .that(expert_of(all_indices[i]) < experts, "indices", "experts below " + std::to_string(experts),
+              all_indices[i]);
   parallel_for(0, tokens, token_grain(experts), [&](std::int64_t begin, std::int64_t end) {
     std::vector<T> scores(experts), s(topk), ds(topk);
     for (std::int64_t t = begin; t < end; ++t) {

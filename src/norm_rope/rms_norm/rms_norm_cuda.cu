@@ -7,7 +7,7 @@
 #include "src/cpu/visit_dtype.h"
 #include "src/cuda/copy/pack.cuh"
 #include "src/cuda/launch/launch.h"
-#include "src/cuda/reduce/sum.cuh"
+#include "src/cuda/reduce/row_sum.cuh"
 #include "src/norm_rope/rms_norm/rms_norm.h"
 
 namespace dsm {

@@ -1,18 +1,9 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include "src/cuda/reduce/warp.cuh"
+
 namespace dsm::cuda {
-
-inline constexpr int kWarpSize = 32;
-inline constexpr unsigned kAllLanes = 0xffffffffu;
-
-/// Sum over groups of `lanes` neighbouring lanes (a power of two up to 32), the same bits in each of them. All lanes of
-/// the warp must call it.
-template <class T>
-__device__ __forceinline__ T lane_group_sum(T value, int lanes = kWarpSize) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
 
 /// Sums over the threads of one row of a block, called over and over by all threads of the block. A row is blockDim.x
 /// threads: a power of two up to 32, or any multiple of 32 with blockDim.y == 1.
