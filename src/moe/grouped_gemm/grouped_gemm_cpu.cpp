@@ -34,7 +34,7 @@ cpu::Matrix matrix_at(const TensorView& tensor, std::int64_t offset, std::int64_
 /// c[m,n] = a · b, accumulated wide and rounded once; c's rows are ldc elements apart.
 template <class T>
 void multiply(std::int64_t m, std::int64_t n, std::int64_t k, const cpu::Matrix& a, const cpu::Matrix& b, T* c,
-                     std::int64_t ldc) {
+              std::int64_t ldc) {
   using A = Compute<T>;
   if constexpr (std::is_same_v<T, A>) {
     cpu::gemm<A>(m, n, k, 1, a, b, 0, c, ldc);
@@ -69,10 +69,9 @@ void sum_outer_products(const TensorView& left, const TensorView& right, const s
   const std::int64_t experts = out.size(0), m = out.size(1), n = out.size(2);
   cpu::over_tiles(std::vector<cpu::Extent>(experts, {m, n}), kTileRows, kTileColumns, [&](const cpu::Tile& tile) {
     const std::int64_t first = offsets[tile.matrix], rows = offsets[tile.matrix + 1] - first;
-    multiply(tile.rows, tile.columns, rows,
-                    matrix_at<T>(left, first * left.stride[0] + tile.row, 1, left.stride[0]),
-                    matrix_at<T>(right, first * right.stride[0] + tile.column, right.stride[0], 1),
-                    out.as<T>() + (tile.matrix * m + tile.row) * n + tile.column, n);
+    multiply(tile.rows, tile.columns, rows, matrix_at<T>(left, first * left.stride[0] + tile.row, 1, left.stride[0]),
+             matrix_at<T>(right, first * right.stride[0] + tile.column, right.stride[0], 1),
+             out.as<T>() + (tile.matrix * m + tile.row) * n + tile.column, n);
   });
 }
 

@@ -17,7 +17,8 @@ void check_rows(const Check& check, const TensorView& rows, const TensorView& ro
   check.contiguous("rows", rows, "[rows, hidden]", {Check::kAny, Check::kAny}, kFloating);
   check.contiguous("row_of_slot", row_of_slot, "[tokens, topk]", {Check::kAny, Check::kAny}, {DType::int32});
   if (weights)
-    check.contiguous("weights", weights, "[tokens, topk]", {row_of_slot.size(0), row_of_slot.size(1)}, {wide(rows.dtype)});
+    check.contiguous("weights", weights, "[tokens, topk]", {row_of_slot.size(0), row_of_slot.size(1)},
+                     {wide(rows.dtype)});
 }
 
 void check_args(const MoeCombineArgs& a) {

@@ -15,7 +15,9 @@ namespace {
 
 constexpr std::int64_t kGrainElements = 16384;
 
-std::int64_t row_grain(std::int64_t columns) { return std::max<std::int64_t>(1, kGrainElements / std::max<std::int64_t>(1, columns)); }
+std::int64_t row_grain(std::int64_t columns) {
+  return std::max<std::int64_t>(1, kGrainElements / std::max<std::int64_t>(1, columns));
+}
 
 void check_row(const Check& check, std::int32_t row, std::int64_t rows) {
   check.that(row < rows, "row_of_slot", "below the number of rows, " + std::to_string(rows), row);

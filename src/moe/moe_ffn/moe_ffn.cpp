@@ -10,7 +10,8 @@ namespace dsm {
 namespace {
 
 const Operator<MoeFfnArgs> forward("moe", "moe_ffn", {{"cpu", DeviceType::cpu, moe_ffn_cpu}});
-const Operator<MoeFfnBackwardArgs> backward("moe", "moe_ffn_backward", {{"cpu", DeviceType::cpu, moe_ffn_backward_cpu}});
+const Operator<MoeFfnBackwardArgs> backward("moe", "moe_ffn_backward",
+                                            {{"cpu", DeviceType::cpu, moe_ffn_backward_cpu}});
 
 DType wide(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
@@ -25,7 +26,8 @@ void check_inputs(const Check& check, const Args& a) {
   check.that(tokens * (topk + 1) <= std::numeric_limits<std::int32_t>::max(), "tokens * (topk + 1)", "below 2^31",
              tokens * (topk + 1));
   check.contiguous("weights", a.weights, "[tokens, topk]", {tokens, topk}, {wide(a.x.dtype)});
-  check.contiguous("w13", a.w13, "[experts, 2 * intermediate, hidden]", {Check::kAny, Check::kAny, hidden}, {a.x.dtype});
+  check.contiguous("w13", a.w13, "[experts, 2 * intermediate, hidden]", {Check::kAny, Check::kAny, hidden},
+                   {a.x.dtype});
   const std::int64_t experts = a.w13.size(0), columns = a.w13.size(1);
   check.that(columns % 2 == 0, "w13", "of an even number of rows, the gates and then the ups", columns);
   check.contiguous("w2", a.w2, "[experts, hidden, intermediate]", {experts, hidden, columns / 2}, {a.x.dtype});

@@ -24,8 +24,8 @@ namespace {
 using Index = std::int64_t;
 
 constexpr Index kGroupVisits = 2048;
-constexpr Index kTileVisits = 192, kTileColumns = 256;        // of the up-projections and weight gradients
-constexpr Index kTileTokens = 512, kTileHidden = 128;         // of sums over experts
+constexpr Index kTileVisits = 192, kTileColumns = 256;  // of the up-projections and weight gradients
+constexpr Index kTileTokens = 512, kTileHidden = 128;   // of sums over experts
 
 /// An expert and the visits to it, [begin, begin + visits) in the plan's order.
 template <class T>
@@ -37,7 +37,7 @@ struct Expert {
   T* z;               // of its first visit; null when not kept
   T* dw13 = nullptr;  // null: no weight gradients
   T* dw2 = nullptr;
-  Index offset = 0;   // of its first visit's activation in the group's scratch, in elements
+  Index offset = 0;  // of its first visit's activation in the group's scratch, in elements
 };
 
 /// All visits: routed ones in moe_permute's order, then every token's to the shared expert with score 1.
@@ -101,8 +101,8 @@ struct Plan {
 };
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, double>  ? DType::float64
-                         : std::is_same_v<T, float> ? DType::float32
+constexpr DType kDType = std::is_same_v<T, double>    ? DType::float64
+                         : std::is_same_v<T, float>   ? DType::float32
                          : std::is_same_v<T, float16> ? DType::float16
                                                       : DType::bfloat16;
 
@@ -151,8 +151,9 @@ class Sums {
 /// sums[token] += score · (left[visit] · right[expert]) for the group's visits, by increasing expert. left's rows are
 /// the group's visits, `depth(expert)` wide; right(expert) is [depth, hidden]; scores null: 1.
 template <class T, class Left, class Right, class Depth>
-void add_products(const Plan<T>& plan, const std::vector<Expert<T>>& group, Index tokens, Index hidden, const Left& left,
-                  const Right& right, const Depth& depth, const Compute<T>* scores, Compute<T>* sums) {
+void add_products(const Plan<T>& plan, const std::vector<Expert<T>>& group, Index tokens, Index hidden,
+                  const Left& left, const Right& right, const Depth& depth, const Compute<T>* scores,
+                  Compute<T>* sums) {
   using A = Compute<T>;
   cpu::over_tiles({{tokens, hidden}}, kTileTokens, kTileHidden, [&](const cpu::Tile& tile) {
     A* product = cpu::tile_scratch<A>(kTileVisits * tile.columns);
@@ -163,8 +164,8 @@ void add_products(const Plan<T>& plan, const std::vector<Expert<T>>& group, Inde
       const Index end = std::lower_bound(first, last, tile.row + tile.rows) - plan.token.begin();
       for (Index visit = begin; visit < end; visit += kTileVisits) {
         const Index rows = std::min(kTileVisits, end - visit);
-        cpu::gemm<A>(rows, tile.columns, depth(expert), 1, left(expert, visit - expert.begin), right(expert, tile.column),
-                     0, product, tile.columns);
+        cpu::gemm<A>(rows, tile.columns, depth(expert), 1, left(expert, visit - expert.begin),
+                     right(expert, tile.column), 0, product, tile.columns);
         for (Index r = 0; r < rows; ++r) {
           const A score = scores ? scores[visit + r] : A(1);
           A* sum = sums + plan.token[visit + r] * hidden + tile.column;
@@ -261,8 +262,8 @@ void project_back(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const Expert
   }
 }
 
-/// out[i, j] = Σ left[visit, i] · right[visit, j] for a tile; element (i, j) of out is at i · row_stride + j · col_stride.
-/// left holds the expert's visits side by side, its rows `width` apart.
+/// out[i, j] = Σ left[visit, i] · right[visit, j] for a tile; element (i, j) of out is at i · row_stride + j ·
+/// col_stride. left holds the expert's visits side by side, its rows `width` apart.
 template <class T>
 void sum_outer_products(const Expert<T>& expert, const Compute<T>* left, Index width, const cpu::Matrix& right,
                         const cpu::Tile& tile, T* out, Index row_stride, Index col_stride) {
@@ -272,11 +273,11 @@ void sum_outer_products(const Expert<T>& expert, const Compute<T>* left, Index w
                tile.columns);
   out += tile.row * row_stride + tile.column * col_stride;
   if (col_stride == 1) {
-    for (Index i = 0; i < tile.rows; ++i) cpu::narrow(sum + i * tile.columns, tile.columns, out + i * row_stride, kDType<T>);
+    for (Index i = 0; i < tile.rows; ++i)
+      cpu::narrow(sum + i * tile.columns, tile.columns, out + i * row_stride, kDType<T>);
   } else {
     for (Index j = 0; j < tile.columns; ++j)
-      for (Index i = 0; i < tile.rows; ++i)
-        out[i * row_stride + j * col_stride] = narrow<T>(sum[i * tile.columns + j]);
+      for (Index i = 0; i < tile.rows; ++i) out[i * row_stride + j * col_stride] = narrow<T>(sum[i * tile.columns + j]);
   }
 }
 

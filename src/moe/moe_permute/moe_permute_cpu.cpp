@@ -39,15 +39,16 @@ void copy_rows(const MoePermuteArgs& a) {
   const std::int64_t topk = a.indices.size(1), element = element_size(a.x.dtype), row_bytes = a.x.size(1) * element;
   const std::int32_t* slot_of_row = a.slot_of_row.as<const std::int32_t>();
   if (row_bytes == 0) return;
-  parallel_for(0, a.rows.size(0), std::max<std::int64_t>(1, 65536 / row_bytes), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      char* to = a.rows.as<char>() + row * row_bytes;
-      if (slot_of_row[row] < 0)
-        std::memset(to, 0, row_bytes);
-      else
-        std::memcpy(to, a.x.as<const char>() + slot_of_row[row] / topk * a.x.stride[0] * element, row_bytes);
-    }
-  });
+  parallel_for(
+      0, a.rows.size(0), std::max<std::int64_t>(1, 65536 / row_bytes), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+          char* to = a.rows.as<char>() + row * row_bytes;
+          if (slot_of_row[row] < 0)
+            std::memset(to, 0, row_bytes);
+          else
+            std::memcpy(to, a.x.as<const char>() + slot_of_row[row] / topk * a.x.stride[0] * element, row_bytes);
+        }
+      });
 }
 
 }  // namespace
