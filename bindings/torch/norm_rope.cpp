@@ -77,8 +77,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward)); \
   library.impl("rope", TORCH_BOX(&rope));
 
-STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }
-STABLE_TORCH_LIBRARY_IMPL(dsm, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m){
+    DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CompositeExplicitAutograd, m) {
   m.impl("rope_frequencies", TORCH_BOX(&rope_frequencies));
 }
 

@@ -18,6 +18,7 @@ using Index = std::int64_t;
 // cache of 512 KiB; B's block (kDepth x kColumns) is read again for each block of A. kDepth is part of the result
 // (gemm.h), the others are not.
 constexpr Index kDepth = 256, kRows = 96, kColumns = 1024;
+constexpr Index kFewRows = 24;
 
 /// Scratch memory of a thread that is kept from call to call and only grows.
 class Scratch {
@@ -69,8 +70,8 @@ Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.dtype, mat
 /// and avoids cache sets that large strides overfill.
 template <class Acc>
 bool read_in_place(const Matrix& b, Index m, Index k) {
-  constexpr Index few_rows = 24, small = 32 * 1024 / sizeof(Acc);
-  return b.dtype == kDType<Acc> && b.col_stride == 1 && !b.rows && (m <= few_rows || k * b.row_stride <= small);
+  constexpr Index small = 32 * 1024 / sizeof(Acc);
+  return b.dtype == kDType<Acc> && b.col_stride == 1 && !b.rows && (m <= kFewRows || k * b.row_stride <= small);
 }
 
 /// Sets the operand A of a product to rows [0, m), columns [0, k) of `a`, copied if it must be converted or if it pays.
@@ -144,9 +145,11 @@ void gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const Matrix& b
       for (Index i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, Acc(0));
     return;
   }
-  for (Index j = 0; j < n; j += kColumns)
+  // For few rows the operand to stream through is B: strip by strip, each over the whole depth.
+  const Index columns = m <= kFewRows ? kernels<Acc>().strip_columns : kColumns;
+  for (Index j = 0; j < n; j += columns)
     for (Index p = 0; p < k; p += kDepth)
-      multiply_block(m, std::min(kColumns, n - j), std::min(kDepth, k - p), alpha, from(a, 0, p), from(b, p, j),
+      multiply_block(m, std::min(columns, n - j), std::min(kDepth, k - p), alpha, from(a, 0, p), from(b, p, j),
                      beta != 0 || p > 0, c + j, ldc);
 }
 

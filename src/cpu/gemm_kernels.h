@@ -29,6 +29,9 @@ void multiply_tile(const StripProduct<T>& p, Index i, int last) {
   Vector<T> sum[R][V] = {};
   for (Index q = 0; q < p.k; ++q, b += p.b_row_stride) {
     Vector<T> b_row[V];
+    if constexpr (R <= 2)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) __builtin_prefetch(b + 8 * p.b_row_stride + v * lanes);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) b_row[v] = load<T>(b + v * lanes);
 #pragma GCC unroll 8
@@ -90,35 +93,52 @@ inline Vector<Acc> gather(const T* source, Index stride, Index count) {
   return load<Acc>(elements);
 }
 
+/// widen() of a matrix whose rows are along memory.
+template <class T, class Acc>
+void widen_rows(const T* source, const Matrix& matrix, Index rows, Index cols, Acc* out, Index ld) {
+  for (Index i = 0; i < rows; ++i) {
+    const T* row = source + (matrix.rows ? matrix.rows[i] : i) * matrix.row_stride;
+    for (Index j = 0; j < cols; j += kLanes<Acc>)
+      store(out + i * ld + j, gather<Acc>(row + j * matrix.col_stride, matrix.col_stride, cols - j));
+  }
+}
+
+/// One block of widen_columns: `rows` and `cols` are what exists of it.
+template <class T, class Acc>
+inline void widen_transposed(const T* source, Index stride, Index rows, Index cols, Acc* out, Index ld) {
+  constexpr int side = kSide<Acc>;
+  Vector<Acc, side> block[side];
+  if (rows >= side && cols >= side) {
+    load_transposed<Acc>(source, stride, block);
+#pragma GCC unroll 8
+    for (int l = 0; l < side; ++l) store(out + l * ld, block[l]);
+  } else {
+    T edge[side][side] = {};
+    for (Index j = 0; j < side && j < cols; ++j)
+      for (Index i = 0; i < side && i < rows; ++i) edge[j][i] = source[j * stride + i];
+    load_transposed<Acc>(edge[0], side, block);
+    for (Index i = 0; i < side && i < rows; ++i) store(out + i * ld, block[i]);
+  }
+}
+
+/// widen() of a matrix whose columns are along memory, `stride` apart.
+template <class T, class Acc>
+void widen_columns(const T* source, Index stride, Index rows, Index cols, Acc* out, Index ld) {
+  constexpr Index side = kSide<Acc>, depth = 64;  // of slices whose rows of `out` stay in the first-level cache
+  const Index padded_cols = (cols + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+  for (Index slice = 0; slice < rows; slice += depth)
+    for (Index j = 0; j < padded_cols; j += side)
+      for (Index i = slice; i < rows && i < slice + depth; i += side)
+        widen_transposed(source + i + j * stride, stride, rows - i, cols - j, out + i * ld + j, ld);
+}
+
 template <class T, class Acc>
 void widen_matrix(const Matrix& matrix, Index rows, Index cols, Acc* out, Index ld) {
-  constexpr int lanes = kLanes<Acc>;
   const T* source = static_cast<const T*>(matrix.data);
-  if (matrix.row_stride != 1 || matrix.col_stride == 1 || matrix.rows) {
-    for (Index i = 0; i < rows; ++i) {
-      const T* row = source + (matrix.rows ? matrix.rows[i] : i) * matrix.row_stride;
-      for (Index j = 0; j < cols; j += lanes)
-        store(out + i * ld + j, gather<Acc>(row + j * matrix.col_stride, matrix.col_stride, cols - j));
-    }
-    return;
-  }
-  for (Index j = 0; j < cols; j += lanes) {
-    for (Index i = 0; i < rows; i += lanes) {
-      Vector<Acc> block[lanes];
-      const T* corner = source + i + j * matrix.col_stride;
-      if (j + lanes <= cols && i + lanes <= rows) {
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) block[l] = load<Acc>(corner + l * matrix.col_stride);
-        transpose<Acc>(block);
-#pragma GCC unroll 16
-        for (int l = 0; l < lanes; ++l) store(out + (i + l) * ld + j, block[l]);
-      } else {
-        for (int l = 0; l < lanes; ++l)
-          block[l] = j + l < cols ? gather<Acc>(corner + l * matrix.col_stride, 1, rows - i) : Vector<Acc>{};
-        transpose<Acc>(block);
-        for (int l = 0; l < lanes && i + l < rows; ++l) store(out + (i + l) * ld + j, block[l]);
-      }
-    }
+  if (matrix.row_stride == 1 && matrix.col_stride != 1 && !matrix.rows) {
+    widen_columns(source, matrix.col_stride, rows, cols, out, ld);
+  } else {
+    widen_rows(source, matrix, rows, cols, out, ld);
   }
 }
 

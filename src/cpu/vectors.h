@@ -59,12 +59,12 @@ inline V load_bytes(const void* source) {
 }
 
 template <class V>
-inline void store(void* target, V v) {
+inline void store(void* target, const V& v) {
   __builtin_memcpy(target, &v, sizeof v);
 }
 
 template <class To, class From>
-inline To bit_cast(From from) {
+inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   return load_bytes<To>(&from);
 }
@@ -103,7 +103,7 @@ inline Vector<float, N> widen(const Float16* source) {
   using F = Vector<float, N>;
   using I = Vector<std::int32_t, N>;
 #if defined(__AVX512F__) && defined(__F16C__)
-  if constexpr (N == 16) return bit_cast<F>(_mm512_cvtph_ps(load_bytes<__m256i>(source)));
+  if constexpr (N == 16) return bit_cast<F>(_mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(source)));
 #endif
 #if defined(__F16C__)
   if constexpr (N == 8) return bit_cast<F>(_mm256_cvtph_ps(load_bytes<__m128i>(source)));
@@ -151,7 +151,7 @@ inline void narrow(Vector<T> value, Float16* target) {
   using I = Vector<std::int32_t, n>;
   const F x = __builtin_convertvector(value, F);
 #if defined(__AVX512F__) && defined(__F16C__)
-  if constexpr (n == 16) return store(target, _mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (n == 16) return store(target, _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__F16C__)
   if constexpr (n == 8) return store(target, _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
@@ -166,23 +166,49 @@ inline void narrow(Vector<T> value, Float16* target) {
   store(target, __builtin_convertvector(result, Vector<std::uint16_t, n>));
 }
 
-// Transposition of kLanes x kLanes elements: step S = 1, 2, 4, ... swaps the off-diagonal S x S blocks.
+// Transposition of kSide x kSide elements, in vectors of at most 32 bytes: wider ones shuffle no faster, and kSide streams
+// whose distance is a multiple of the page size must fit into one set of the first-level cache.
 
+template <class T>
+constexpr int kSide = (kVectorBytes < 32 ? kVectorBytes : 32) / static_cast<int>(sizeof(T));
+
+/// Swaps the off-diagonal S x S blocks of every 2S x 2S block, and then the same for S / 2, ..., 1.
 template <int S, class V, int... L>
-inline void swap_blocks(V& a, V& b, std::integer_sequence<int, L...>) {
+inline void swap_blocks(V* rows, std::integer_sequence<int, L...> lanes) {
   constexpr int n = sizeof...(L);
-  const V low = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
-  b = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
-  a = low;
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    if (i & S) continue;
+    const V a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
+    rows[i + S] = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
+  }
+  if constexpr (S > 1) swap_blocks<S / 2>(rows, lanes);
 }
 
-template <class T, int S = 1>
-inline void transpose(Vector<T>* rows) {
-  if constexpr (S < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i)
-      if (!(i & S)) swap_blocks<S>(rows[i], rows[i + S], std::make_integer_sequence<int, kLanes<T>>{});
-    transpose<T, 2 * S>(rows);
+template <class Half, int... L>
+inline auto join(const Half& a, const Half& b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, L...);
+}
+
+/// columns[j] = elements j of kSide rows `stride` apart, as Acc.
+template <class Acc, class T>
+inline void load_transposed(const T* source, Index stride, Vector<Acc, kSide<Acc>>* columns) {
+  constexpr int n = kSide<Acc>, half = n / 2;
+  constexpr std::make_integer_sequence<int, n> lanes;
+  if constexpr (sizeof(T) == sizeof(Acc)) {
+    // Loading halves of two rows into one vector does the first swap for free.
+#pragma GCC unroll 4
+    for (int i = 0; i < half; ++i) {
+      const T *p = source + i * stride, *q = p + half * stride;
+      columns[i] = join(widen<half>(p), widen<half>(q), lanes);
+      columns[i + half] = join(widen<half>(p + half), widen<half>(q + half), lanes);
+    }
+    if constexpr (half > 1) swap_blocks<half / 2>(columns, lanes);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) columns[i] = __builtin_convertvector(widen<n>(source + i * stride), Vector<Acc, n>);
+    swap_blocks<half>(columns, lanes);
   }
 }
 

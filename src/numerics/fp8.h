@@ -25,13 +25,15 @@ DSM_HD_INLINE constexpr float to_float(float8_e5m2 x) { return decode<float8_e5m
 
 // Two rules for E4M3 are in use; a caller names the one it means.
 
-/// Nearest E4M3 to a float or double, ties to even; beyond the range (infinity too) ±448. The quantisers' rule.
+/// Nearest E4M3 to a float or double, ties to even; beyond the range (infinity too) ±448. The rule
+/// of quantisers, and of PyTorch since it saturates (2.13 does).
 template <class T>
 DSM_HD_INLINE constexpr float8_e4m3fn to_e4m3_saturating(T x) {
   return {static_cast<std::uint8_t>(encode<float8_e4m3fn::Format, Overflow::saturate>(x))};
 }
 
-/// Nearest E4M3 to a float or double, ties to even; NaN beyond the range, i.e. above 464. PyTorch's rule.
+/// Nearest E4M3 to a float or double, ties to even; NaN beyond the range, i.e. above 464. The
+/// specification's non-saturating mode, and older PyTorch's rule.
 template <class T>
 DSM_HD_INLINE constexpr float8_e4m3fn to_e4m3_or_nan(T x) {
   return {static_cast<std::uint8_t>(encode<float8_e4m3fn::Format, Overflow::to_nan>(x))};

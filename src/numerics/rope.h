@@ -3,8 +3,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "src/numerics/host_device.h"
+#include "src/numerics/sincos.h"
 
 namespace dsm {
 
@@ -75,12 +77,15 @@ struct Rotation {
   T cos, sin;
 };
 
-/// Cosine and sine of an angle in T (float or double). They are taken in double, whatever T: far from zero float
-/// implementations differ, and host and device must not.
+/// Cosine and sine of an angle in T (float or double), the same on host and device: float library functions are not.
 template <class T>
 DSM_HD_INLINE Rotation<T> rope_rotation(float angle) {
-  const double wide = angle;
-  return {static_cast<T>(std::cos(wide)), static_cast<T>(std::sin(wide))};
+  if constexpr (std::is_same_v<T, float>) {
+    const SinCos<float> rounded = sincos_rounded(angle);
+    return {rounded.cos, rounded.sin};
+  } else {
+    return {std::cos(static_cast<T>(angle)), std::sin(static_cast<T>(angle))};
+  }
 }
 
 /// Rotates the pair (a, b) in place: (a·cos − b·sin, a·sin + b·cos). The products are rounded before they are added.

@@ -13,17 +13,21 @@
 
 namespace dsm {
 
+// A constant, because device code may not call std::numeric_limits.
+template <class T>
+inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
 /// e^(x - m) for x <= m, where m is a maximum: 0 for x = -infinity, 1 for x = m, infinite or not.
 template <class T>
 DSM_HD_INLINE T exp_below_max(T x, T m) {
-  if (x == -std::numeric_limits<T>::infinity()) return 0;
+  if (x == -kInfinity<T>) return 0;
   return x == m ? T(1) : std::exp(x - m);
 }
 
 /// Maximum and scaled sum of the exponentials of some scores.
 template <class T>
 struct SoftmaxState {
-  T m = -std::numeric_limits<T>::infinity();
+  T m = -kInfinity<T>;
   T l = 0;
 };
 

@@ -153,7 +153,5 @@ def rope_frequencies(
 
 
 @fake("rope_frequencies")
-def _(
-    d_rope: int, base: float, factor: float, original_length: float, beta_fast: float, beta_slow: float
-) -> Tensor:
+def _(d_rope: int, base: float, factor: float, original_length: float, beta_fast: float, beta_slow: float) -> Tensor:
     return torch.empty(d_rope // 2, dtype=torch.float32)

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from tolerance import FLOATING, assert_close
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
+from tolerance import FLOATING, assert_close
 
 # x's shape and the number of rotated dimensions.
 SHAPES = [
@@ -85,9 +85,7 @@ def test_strided_input() -> None:
     part = wide.transpose(0, 1)[..., 4:20]
     positions = torch.arange(6)
     inv_freq = dsm.ops.rope_frequencies(8)
-    assert torch.equal(
-        dsm.ops.rope(part, positions, inv_freq), dsm.ops.rope(part.contiguous(), positions, inv_freq)
-    )
+    assert torch.equal(dsm.ops.rope(part, positions, inv_freq), dsm.ops.rope(part.contiguous(), positions, inv_freq))
 
 
 def test_nan_stays_in_its_pair() -> None:
