@@ -2,9 +2,11 @@
 #pragma once
 
 // Everything: the vocabulary, then one header per family of operators.
+#include "dsm/attention.h"
 #include "dsm/dtype.h"
 #include "dsm/error.h"
 #include "dsm/launch.h"
+#include "dsm/moe.h"
 #include "dsm/norm_rope.h"
 #include "dsm/parallel.h"
 #include "dsm/registry.h"

@@ -41,4 +41,36 @@ struct RmsNormBackwardArgs {
 DSM_API void rms_norm_backward(const RmsNormBackwardArgs& args, const Launch& launch = {});
 DSM_API std::size_t rms_norm_backward_workspace(const RmsNormBackwardArgs& args);
 
+/// Rotary position embedding of the last d_rope = 2 · pairs dimensions of each head; the others are copied:
+///
+///   angle = float(position) · inv_freq[i],   (a, b) → (a · cos − b · sin, a · sin + b · cos)
+///
+/// for pair i, where (a, b) are the elements (2i, 2i + 1) of the rotated part when interleaved, (i, pairs + i)
+/// otherwise. The angle is rounded to float32; the rotation is computed in float32 (float64 for float64 tensors) and
+/// rounded once. The gradient is the inverse rotation of the output's gradient. Source: Su et al. 2021 (arXiv
+/// 2104.09864); DeepSeek-V4 reference code.
+struct RopeArgs {
+  TensorView x;             ///< [tokens, heads, d] float64|float32|float16|bfloat16, heads any distance apart
+  TensorView positions;     ///< [tokens] int64
+  TensorView inv_freq;      ///< [pairs] float32, radians per position; 2 · pairs <= d
+  bool interleaved = true;  ///< DeepSeek's pairing; false: half-split, as in GPT-NeoX and LLaMA
+  bool inverse = false;     ///< rotate by the opposite angle
+  TensorView y;             ///< out [tokens, heads, d] x's dtype, heads any distance apart; may be x itself
+};
+DSM_API void rope(const RopeArgs& args, const Launch& launch = {});
+
+/// The frequencies for rope: 1 / base^(2i / d_rope) for pair i, in float32. With factor > 1 they are stretched by YaRN:
+/// pairs that turn more than beta_fast times within original_length positions keep their frequency, those that turn
+/// less than beta_slow times get it divided by factor, with a linear ramp between.
+/// Source: Peng et al. 2023 (arXiv 2309.00071), in the form of the DeepSeek-V3 and V4 reference code.
+struct RopeFrequenciesArgs {
+  double base = 10000;            ///< > 1
+  double factor = 1;              ///< >= 1; 1: no YaRN
+  double original_length = 4096;  ///< context length trained without stretching, tokens, > 0
+  double beta_fast = 32;          ///< turns, >= beta_slow
+  double beta_slow = 1;           ///< turns, > 0
+  TensorView inv_freq;            ///< out [d_rope / 2] float32 on the CPU
+};
+DSM_API void rope_frequencies(const RopeFrequenciesArgs& args);
+
 }  // namespace dsm

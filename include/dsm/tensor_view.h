@@ -58,7 +58,9 @@ struct TensorView {
   /// Extent of a dimension; negative indices count from the last.
   std::int64_t size(int dim) const { return shape[dim < 0 ? dim + rank : dim]; }
 
+  /// Row-major without gaps. A view without elements always is.
   bool contiguous() const {
+    if (numel() == 0) return true;
     std::int64_t step = 1;
     for (int i = rank - 1; i >= 0; --i) {
       if (shape[i] != 1 && stride[i] != step) return false;

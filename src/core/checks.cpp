@@ -19,7 +19,9 @@ std::string bracketed(const std::int64_t* extents, int rank) {
 
 std::string join(Check::DTypes dtypes) {
   std::string text;
-  for (DType dtype : dtypes) text += (text.empty() ? "" : "|") + std::string(name(dtype));
+  for (const DType* dtype = dtypes.begin(); dtype != dtypes.end(); ++dtype)
+    if (std::find(dtypes.begin(), dtype, *dtype) == dtype)
+      text += (text.empty() ? "" : "|") + std::string(name(*dtype));
   return text;
 }
 
@@ -37,7 +39,8 @@ void Check::tensor(const char* argument, const TensorView& tensor, const char* s
   bool fits = tensor && tensor.rank == rank && std::find(dtypes.begin(), dtypes.end(), tensor.dtype) != dtypes.end();
   for (int i = 0; fits && i < rank; ++i) fits = shape.begin()[i] == kAny || shape.begin()[i] == tensor.shape[i];
   if (fits) return;
-  fail(argument, std::string(shape_text) + " = " + bracketed(shape.begin(), rank) + " " + join(dtypes), describe(tensor));
+  fail(argument, std::string(shape_text) + " = " + bracketed(shape.begin(), rank) + " " + join(dtypes),
+       describe(tensor));
 }
 
 void Check::contiguous(const char* argument, const TensorView& view, const char* shape_text,
@@ -47,8 +50,8 @@ void Check::contiguous(const char* argument, const TensorView& view, const char*
 }
 
 void Check::unit_last_stride(const char* argument, const TensorView& tensor) const {
-  that(tensor.size(-1) <= 1 || tensor.stride[tensor.rank - 1] == 1, argument, "contiguous in its last dimension",
-       "strides " + bracketed(tensor.stride.data(), tensor.rank));
+  that(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride[tensor.rank - 1] == 1, argument,
+       "contiguous in its last dimension", "strides " + bracketed(tensor.stride.data(), tensor.rank));
 }
 
 void Check::on_device(const Device& device, std::initializer_list<Named> tensors) const {
@@ -63,6 +66,11 @@ void Check::aligned(const char* argument, const TensorView& tensor, int bytes) c
   const auto misaligned = reinterpret_cast<std::uintptr_t>(tensor.data) % static_cast<unsigned>(bytes);
   that(!tensor || misaligned == 0, argument, "aligned to " + std::to_string(bytes) + " bytes",
        "an address " + std::to_string(misaligned) + " bytes off");
+}
+
+void Check::workspace(const Launch& launch, std::size_t bytes) const {
+  const std::size_t given = launch.workspace ? launch.workspace_bytes : 0;
+  that(given >= bytes, "workspace", "of at least " + std::to_string(bytes) + " bytes", std::to_string(given));
 }
 
 void Check::that(bool holds, const char* argument, const std::string& expected, const std::string& got) const {

@@ -112,8 +112,8 @@ void set_num_threads(int threads) { wanted_threads = threads; }
 
 namespace detail {
 
-void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, void (*body)(void*, std::int64_t, std::int64_t),
-                  void* context) {
+void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
+                  void (*body)(void*, std::int64_t, std::int64_t), void* context) {
   if (begin >= end) return;
   grain = std::max<std::int64_t>(grain, 1);
   if (end - begin <= grain || inside_parallel_for) return body(context, begin, end);

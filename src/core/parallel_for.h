@@ -7,8 +7,8 @@
 namespace dsm {
 
 namespace detail {
-void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, void (*body)(void*, std::int64_t, std::int64_t),
-                  void* context);
+void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
+                  void (*body)(void*, std::int64_t, std::int64_t), void* context);
 }
 
 /// Calls `body(b, e)` over disjoint ranges that cover [begin, end) on the CPU threads; a range is cut no finer than
@@ -18,8 +18,7 @@ template <class Body>
 void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, Body&& body) {
   using Plain = std::remove_reference_t<Body>;
   detail::parallel_for(
-      begin, end, grain,
-      [](void* context, std::int64_t b, std::int64_t e) { (*static_cast<Plain*>(context))(b, e); },
+      begin, end, grain, [](void* context, std::int64_t b, std::int64_t e) { (*static_cast<Plain*>(context))(b, e); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -25,8 +25,8 @@ template <class Args>
 struct Implementation {
   const char* name;  ///< "cpu", "cuda" or "sm90"
   DeviceType device;
-  void (*run)(const Args&, const Launch&);           ///< null: not in this build
-  Reason (*supports)(const Args&) = nullptr;         ///< null: every request that passed the checks
+  void (*run)(const Args&, const Launch&);    ///< null: not in this build
+  Reason (*supports)(const Args&) = nullptr;  ///< null: every request that passed the checks
 };
 
 /// The untyped part of an operator: its entry in the list of all operators and the choice among the rows.
@@ -49,7 +49,10 @@ class OperatorEntry {
       const bool skipped = forced_ >= 0 && forced_ != row;
       Reason reason = skipped ? "another implementation is forced" : refuse(row);
       if (reason.empty()) {
-        if (recording()) finish(choice, row);
+        if (recording()) {
+          choice.implementation = info_.implementations[row].name;
+          note(choice);
+        }
         return row;
       }
       choice.rejections.push_back({info_.implementations[row].name, std::move(reason)});
@@ -59,7 +62,7 @@ class OperatorEntry {
 
  private:
   static bool recording();
-  void finish(Choice& choice, int row) const;
+  static void note(const Choice& choice);
   [[noreturn]] void fail(const Choice& choice) const;
 
   OperatorInfo info_;

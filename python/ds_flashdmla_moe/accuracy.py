@@ -1,0 +1,69 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""How far a result may be from the truth, for every dtype, in one table.
+
+An operator accumulates in float32 (float64 for float64) and rounds once. Its result may therefore differ from the
+correctly rounded truth by one unit in the last place, plus the accumulation error, which is stated relative to the
+largest magnitude of the truth because cancellation makes single elements smaller than the terms they are sums of.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ACCUMULATION", "FLOATING", "SMALLEST_NORMAL", "ULP", "Deviation", "deviation"]
+
+# Spacing of neighbouring values relative to the value: half of it is the error of correct rounding.
+ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+# Accumulation: float64 and float32 as promised (1e-5 for float32); half types accumulate in float32.
+ACCUMULATION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+# Below these magnitudes the spacing no longer shrinks.
+SMALLEST_NORMAL = {dtype: torch.finfo(dtype).smallest_normal for dtype in ULP}
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Deviation(NamedTuple):
+    """The error of the worst element and what the table allows there, both relative to the scale of the truth."""
+
+    error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """At most 1 passes."""
+        return self.error / self.allowed
+
+
+def deviation(result: Tensor, truth: Tensor, *, scale: float | None = None, rounded: float = 0.0) -> Deviation:
+    """Where ``result`` is farthest from ``truth`` in units of what is allowed.
+
+    Args:
+        result: what the operator gave; floating, or of another dtype, which must be exact.
+        truth: the float64 value of the formula.
+        scale: largest magnitude of the terms that are added up, where the truth itself cancels; default: the truth's.
+        rounded: how many roundings to result's dtype the values had that it is computed from (a backward pass that
+            reads a stored result of the forward pass), each worth one ulp of the scale.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if result.shape != truth.shape:
+        raise ValueError(f"shape {tuple(result.shape)} instead of {tuple(truth.shape)}")
+    dtype = result.dtype if result.dtype in ULP else torch.float64
+    value, truth = result.detach().double(), truth.detach().double()
+    if truth.numel() == 0:
+        return Deviation(0.0, ULP[dtype])
+    if scale is None:
+        scale = float(truth.nan_to_num(0, 0, 0).abs().max())
+    scale = max(scale, SMALLEST_NORMAL[dtype])
+    allowed = ULP[dtype] * truth.abs().clamp_min(SMALLEST_NORMAL[dtype])
+    allowed = allowed + (ACCUMULATION[dtype] + rounded * ULP[dtype]) * scale
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    error = torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=float("inf"))
+    # An infinite truth that was missed has an infinite error, and must not be excused by an infinite allowance.
+    allowed = allowed.nan_to_num(ULP[dtype] * scale, ULP[dtype] * scale)
+    worst = int((error / allowed).argmax())
+    return Deviation(float(error.flatten()[worst]) / scale, float(allowed.flatten()[worst]) / scale)

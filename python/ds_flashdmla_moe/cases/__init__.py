@@ -1,0 +1,27 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""The cases every operator is tried on, one file per family.
+
+A case holds small sizes, inputs, the library's function, the formula, and, where it is worth measuring, larger sizes
+with their operation and byte counts and what else computes the same. ``dsm doctor``, ``dsm explain`` and ``dsm bench``
+all work through this one list: an operator that is added here is checked, explained and measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from . import norm_rope
+from .case import Case, Draw, Sizes, Trial, Work
+
+__all__ = ["CASES", "Case", "Draw", "Sizes", "Trial", "Work", "cases_of"]
+
+CASES: tuple[Case, ...] = norm_rope.CASES
+
+
+def cases_of(operators: Iterable[str]) -> list[Case]:
+    """The cases that run any of the operators, all for none; ValueError for a name that no case runs."""
+    wanted = list(operators)
+    known = {name for case in CASES for name in case.operators}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no such operator: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return [case for case in CASES if not wanted or set(case.operators) & set(wanted)]

@@ -1,0 +1,122 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Mixture of experts as a module, with the two ways to balance it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .operators import OperatorSet, library
+
+if TYPE_CHECKING:
+    from ..ops import MoEWeights
+
+__all__ = ["MoE", "Routing"]
+
+
+class Routing(NamedTuple):
+    """How a batch was spread: ``load`` [experts] counts (token, slot) pairs before any is dropped."""
+
+    load: Tensor
+    balance_loss: Tensor
+
+
+class MoE(nn.Module):
+    """y = Σ over the topk selected experts of weight · FFN(x), plus the shared expert; FFN = w2·swiglu(w13·x).
+
+    x [..., hidden]. ``scoring``, ``renormalize``, ``capacity`` and the group limit are those of
+    :func:`ds_flashdmla_moe.moe_megakernel_fwd`; ``fused=False`` takes the operators one by one
+    (:func:`ds_flashdmla_moe.moe_forward_unfused`), with the same result up to rounding.
+
+    Balancing: ``routing(x)`` gives the expert load and the auxiliary loss; ``update_bias(load, rate)`` moves
+    the selection bias against the load (DeepSeek-V3, arXiv 2412.19437 §2.1.2), which touches no gradient.
+    """
+
+    gate_bias: Tensor
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        experts: int,
+        topk: int,
+        *,
+        scoring: str = "softmax",
+        renormalize: bool = True,
+        routed_scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        shared_intermediate: int = 0,
+        capacity: float | None = None,
+        swiglu_limit: float | None = None,
+        fused: bool = True,
+        ops: OperatorSet | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < topk <= experts:
+            raise ValueError(f"MoE: topk must be in [1, experts={experts}], got {topk}")
+        self.ops = ops or library()
+        self.experts, self.topk, self.scoring, self.fused = experts, topk, scoring, fused
+        self.n_group, self.topk_group = n_group, topk_group
+        self.options = {
+            "capacity": capacity,
+            "renormalize": renormalize,
+            "routed_scaling_factor": routed_scaling_factor,
+            "swiglu_limit": swiglu_limit,
+        }
+        self.gate = nn.Parameter(torch.empty(experts, hidden))
+        self.w13 = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, intermediate))
+        self.shared_w13: nn.Parameter | None = None
+        self.shared_w2: nn.Parameter | None = None
+        if shared_intermediate:
+            self.shared_w13 = nn.Parameter(torch.empty(2 * shared_intermediate, hidden))
+            self.shared_w2 = nn.Parameter(torch.empty(hidden, shared_intermediate))
+        self.register_buffer("gate_bias", torch.zeros(experts, dtype=torch.float32))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def weights(self) -> MoEWeights:
+        from ..ops import MoEWeights
+
+        return MoEWeights(self.gate, self.w13, self.w2, self.gate_bias, self.shared_w13, self.shared_w2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = self.ops.moe_megakernel_fwd if self.fused else self.ops.moe_forward_unfused
+        return run(
+            x,
+            self.weights(),
+            topk=self.topk,
+            scoring=self.scoring,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            **self.options,
+        )
+
+    def routing(self, x: Tensor) -> Routing:
+        """Expert load and balance loss of x: ``experts · Σ_e f_e·p_e``, 1 when even, differentiable through p.
+
+        f_e is expert e's share of the pairs, p_e its mean score, scores normalised per token.
+        """
+        _, indices, scores = self.ops.moe_gate(
+            x.reshape(-1, x.shape[-1]),
+            self.gate,
+            self.topk,
+            gate_bias=self.gate_bias,
+            scoring=self.scoring,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+        )
+        load = indices.reshape(-1).bincount(minlength=self.experts)
+        share = load.to(scores.dtype) / indices.numel()
+        balance_loss = self.experts * (share * F.normalize(scores, p=1.0, dim=-1).mean(0)).sum()
+        return Routing(load, balance_loss)
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor, rate: float) -> None:
+        """Raise the bias of underloaded experts by ``rate`` and lower that of overloaded ones."""
+        load = load.to(self.gate_bias.dtype)
+        self.gate_bias += rate * torch.sign(load.mean() - load)

@@ -1,0 +1,209 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""The operators of the training step, composed from torch's own operators.
+
+The functions have the names, arguments and results of the library's operators, so a model takes either set
+(:class:`ds_flashdmla_moe.nn.OperatorSet`). This is what the library is timed against: it is written to run
+fast in torch (fused SDPA, one gather and one scatter per expert layer, stacked gradients), not to be simple.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ops import MoEWeights
+
+__all__ = [
+    "flash_dmla_fwd",
+    "moe_forward_unfused",
+    "moe_gate",
+    "moe_megakernel_fwd",
+    "rms_norm",
+    "rope",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """``x / sqrt(mean(x², -1) + eps) * weight``; x [..., n], weight [n] or None."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool = True, inverse: bool = False) -> Tensor:
+    """Rotate pairs of x [..., tokens, heads, d] by the angles ``positions[..., tokens] * inv_freq[d / 2]``.
+
+    Pairs are (2i, 2i+1) when ``interleaved``, else (i, i + d/2); ``inverse`` rotates back.
+    """
+    angle = positions.to(torch.float32)[..., None, None] * inv_freq.to(torch.float32)
+    cos, sin = angle.cos(), angle.sin()
+    if inverse:
+        sin = -sin
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def flash_dmla_fwd(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    WK: Tensor | None = None,
+    WV: Tensor | None = None,
+    d_lat: int | None = None,
+    causal: bool = False,
+    cache_is_latent: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    return_latent: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Latent attention; arguments and result as :func:`ds_flashdmla_moe.flash_dmla_fwd`."""
+    scale = Q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q = Q if WK is None else Q @ WK
+    k = K if cache_is_latent or WK is None else K @ WK
+    v = V if cache_is_latent or WV is None else V @ WV
+    s_q, s_kv = q.shape[-2], k.shape[-2]
+    if causal and s_q > s_kv:
+        raise ValueError(f"flash_dmla_fwd: causal needs s_q <= s_kv, got {s_q} > {s_kv}")
+    if return_lse:
+        scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        if causal:
+            later = torch.ones(s_q, s_kv, dtype=torch.bool, device=q.device).triu(s_kv - s_q + 1)
+            scores = scores.masked_fill(later, -math.inf)
+        lse = scores.logsumexp(-1)
+        out = torch.exp(scores - lse[..., None]).nan_to_num(0.0).to(v.dtype) @ v
+    elif s_q == s_kv or s_q == 1 or not causal:  # a single last query sees every key
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and s_q > 1, scale=scale)
+    else:
+        mask = torch.ones(s_q, s_kv, dtype=torch.bool, device=q.device).tril(s_kv - s_q)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if WV is not None and not return_latent:
+        out = out @ WV.transpose(-1, -2)
+    return (out, lse) if return_lse else out
+
+
+def moe_gate(
+    x: Tensor,
+    gate: Tensor,
+    topk: int,
+    *,
+    gate_bias: Tensor | None = None,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route x [tokens, hidden] -> (weights [tokens, topk], indices [tokens, topk], scores [tokens, experts]).
+
+    Scores and weights are fp32 (fp64 for fp64 input), indices int64.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x.to(wide), gate.to(wide))
+    if scoring == "softmax":
+        scores = logits.softmax(-1)
+    elif scoring == "sigmoid":
+        scores = logits.sigmoid()
+    elif scoring == "sqrtsoftplus":
+        scores = F.softplus(logits).sqrt()
+    else:
+        raise ValueError(f"moe_gate: scoring must be softmax, sigmoid or sqrtsoftplus, got {scoring!r}")
+    if tid2eid is not None and token_ids is not None:
+        indices = tid2eid[token_ids.reshape(-1)].long()
+    else:
+        choice = scores.detach() if gate_bias is None else scores.detach() + gate_bias
+        if n_group > 1:
+            groups = choice.view(choice.shape[0], n_group, -1)
+            best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(topk_group, dim=-1).indices, True)
+            choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(-2)
+        indices = choice.topk(topk, dim=-1).indices
+    weights = scores.gather(-1, indices)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    return weights * routed_scaling_factor, indices, scores
+
+
+def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+def _within_capacity(experts_of_pairs: Tensor, experts: int, limit: int) -> Tensor:
+    """True for the pairs that are among the first ``limit`` of their expert; pairs [tokens * topk] in token order."""
+    order = experts_of_pairs.argsort(stable=True)
+    counts = experts_of_pairs.bincount(minlength=experts)
+    rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[experts_of_pairs[order]]
+    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < limit)
+
+
+def moe_forward_unfused(
+    X: Tensor,
+    weights: MoEWeights,
+    *,
+    topk: int,
+    capacity: float | None = None,
+    ep_group_size: int = 1,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    renormalize_after_drop: bool = False,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    swiglu_limit: float | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    activation_format: str | None = None,
+) -> Tensor:
+    """Mixture of experts; arguments and result as :func:`ds_flashdmla_moe.moe_forward_unfused`."""
+    if ep_group_size != 1 or activation_format is not None:
+        raise NotImplementedError("reference.moe_forward_unfused: one process and unquantised activations only")
+    x = X.reshape(-1, X.shape[-1])
+    experts = weights.gate.shape[0]
+    if not 0 < topk <= experts:
+        raise ValueError(f"moe_forward_unfused: topk must be in [1, {experts}], got {topk}")
+    if capacity is not None and not capacity > 0:
+        raise ValueError(f"moe_forward_unfused: capacity must be > 0, got {capacity}")
+    pair_weights, indices, _ = moe_gate(
+        x, weights.gate, topk, gate_bias=weights.gate_bias, scoring=scoring, routed_scaling_factor=1.0,
+        renormalize=renormalize and not renormalize_after_drop, n_group=n_group, topk_group=topk_group,
+        token_ids=token_ids, tid2eid=tid2eid,
+    )  # fmt: skip
+    pairs = indices.reshape(-1)
+    kept = None
+    if capacity is not None:
+        limit = math.ceil(x.shape[0] * topk / experts * capacity)
+        kept = _within_capacity(pairs, experts, limit)
+        pair_weights = pair_weights * kept.view_as(pair_weights)
+    if renormalize and renormalize_after_drop:
+        pair_weights = pair_weights / pair_weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    pair_weights = pair_weights * routed_scaling_factor
+
+    order = pairs.argsort(stable=True)
+    if kept is not None:
+        order = order[kept[order]]
+    counts = pairs[order].bincount(minlength=experts).tolist()
+    tokens = order // topk
+    out = [
+        F.linear(_swiglu(F.linear(rows, w13), swiglu_limit), w2)
+        for rows, w13, w2 in zip(torch.split(x[tokens], counts), weights.w13.unbind(), weights.w2.unbind(), strict=True)
+        if rows.shape[0]  # unbind's backward stacks: one pass over the weights' gradient, not one per expert
+    ]
+    y = torch.zeros(x.shape, dtype=pair_weights.dtype, device=x.device)
+    if out:
+        y = y.index_add(0, tokens, torch.cat(out).to(y.dtype) * pair_weights.reshape(-1)[order, None])
+    if weights.shared_w13 is not None and weights.shared_w2 is not None:
+        y = y + F.linear(_swiglu(F.linear(x, weights.shared_w13), swiglu_limit), weights.shared_w2)
+    return y.to(X.dtype).view_as(X)
+
+
+moe_megakernel_fwd = moe_forward_unfused

@@ -1,0 +1,25 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Training and generation with the byte-level language model; ``dsm train`` and ``dsm generate`` in Python."""
+
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from .data import Corpus, load_corpus
+from .generate import generate
+from .ngram import ngram_bits_per_byte
+from .run import train_in_folder
+from .trainer import StepRecord, Trainer, bits_per_byte, model_from_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Corpus",
+    "StepRecord",
+    "Trainer",
+    "bits_per_byte",
+    "generate",
+    "load_checkpoint",
+    "load_corpus",
+    "model_from_checkpoint",
+    "ngram_bits_per_byte",
+    "save_checkpoint",
+    "train_in_folder",
+]

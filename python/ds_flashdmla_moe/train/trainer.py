@@ -1,0 +1,192 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""One training run in memory: a step, an evaluation, and the state that continues it to the same bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import LanguageModelConfig, TrainSettings, from_dict
+from ..nn.language_model import LanguageModel
+from .checkpoint import Checkpoint, CheckpointError
+from .data import Corpus, training_batch
+
+if TYPE_CHECKING:
+    from ..nn.operators import OperatorSet
+
+__all__ = ["StepRecord", "Trainer", "bits_per_byte", "learning_rate", "model_from_checkpoint"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did; ``bits_per_byte`` is its batch's before the update, a layer's expert load sums to 1."""
+
+    step: int
+    bits_per_byte: float
+    balance_loss: float
+    gradient_norm: float
+    learning_rate: float
+    expert_load: list[list[float]]
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """Linear warm-up, then a cosine down to ``final_rate`` of the peak at the last step; step counts from 0."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, settings.steps - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.learning_rate * (settings.final_rate + (1.0 - settings.final_rate) * cosine)
+
+
+@torch.no_grad()
+def bits_per_byte(model: LanguageModel, span: Tensor, batch: int = 16) -> float:
+    """Bits per byte of span[1:] in windows of the model's context, each predicted without the window before it."""
+    context = min(model.config.context, span.numel() - 1)
+    inputs, targets = span[:-1].view(-1, context), span[1:].view(-1, context)
+    nats = 0.0
+    for x, y in zip(torch.split(inputs, batch), torch.split(targets, batch), strict=True):
+        nats += F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction="sum").item()
+    return nats / targets.numel() / math.log(2.0)
+
+
+class Trainer:
+    """Model, optimizer and data of a run; ``step`` counts finished steps.
+
+    The bytes of a step depend on (seed, step) and the initial weights on the seed alone, so a run that is
+    restored from ``checkpoint()`` goes on to the same numbers as one that was never stopped.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        settings: TrainSettings,
+        corpus: Corpus,
+        *,
+        ops: OperatorSet | None = None,
+    ) -> None:
+        torch.manual_seed(settings.seed)
+        self.config, self.settings, self.corpus = config, settings, corpus
+        self.model = LanguageModel(config, ops=ops)
+        self.step = 0
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]  # gains: decay would pull them to 0
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings.learning_rate,
+            betas=(0.9, settings.beta2),
+            fused=True,
+        )
+
+    def train_step(self) -> StepRecord:
+        """One optimizer step on the batch of this step's number."""
+        settings = self.settings
+        rate = learning_rate(settings, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        inputs, targets = training_batch(
+            self.corpus.train, settings.batch, self.config.context, settings.seed, self.step
+        )
+        parts = self.model.loss(inputs, targets)
+        loss = parts.cross_entropy
+        if settings.balance in ("loss", "both"):
+            loss = loss + settings.balance_loss * parts.balance_loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
+        value = parts.cross_entropy.item() / math.log(2.0)
+        if not math.isfinite(value) or not math.isfinite(norm.item()):
+            raise ValueError(f"the loss is no longer finite at step {self.step + 1}; lower --learning-rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if settings.balance in ("bias", "both"):
+            self.model.update_bias(parts.load, settings.bias_rate)
+        self.step += 1
+        share = parts.load / parts.load.sum(-1, keepdim=True)
+        return StepRecord(self.step, value, parts.balance_loss.item(), norm.item(), rate, share.tolist())
+
+    def evaluate(self, max_bytes: int | None = None) -> float:
+        """Bits per byte of the validation split (its first ``max_bytes``, by default ``settings.eval_bytes``)."""
+        span = self.corpus.evaluation_span(self.config.context, max_bytes or self.settings.eval_bytes)
+        return bits_per_byte(self.model, span)
+
+    def checkpoint(self) -> Checkpoint:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{moment}"] = value
+        tensors["rng"] = torch.get_rng_state()
+        state = {
+            "step": self.step,
+            "model": asdict(self.config),
+            "training": asdict(self.settings),
+            "data": self.corpus.fingerprint,
+        }
+        return Checkpoint(tensors, state)
+
+    @classmethod
+    def resume(cls, checkpoint: Checkpoint, corpus: Corpus, *, steps: int | None = None) -> Trainer:
+        """Continue a run; ``steps`` replaces its total (and with it the learning-rate schedule from here on)."""
+        model = model_from_checkpoint(checkpoint)
+        try:
+            settings = from_dict(TrainSettings, checkpoint.state["training"])
+            step, data = checkpoint.state["step"], checkpoint.state["data"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's training settings are unusable: {error}") from error
+        if not isinstance(step, int) or step < 0:
+            raise CheckpointError(f"the checkpoint's step must be a number >= 0, got {step!r}")
+        if data != corpus.fingerprint:
+            raise CheckpointError("the checkpoint was trained on other text: give the same --data and --max-bytes")
+        if steps is not None:
+            settings = TrainSettings(**{**asdict(settings), "steps": steps})
+        trainer = cls(model.config, settings, corpus)
+        trainer.model.load_state_dict(model.state_dict())
+        trainer._restore_optimizer(checkpoint.part("optimizer"))
+        trainer.step = step
+        rng = checkpoint.tensors.get("rng")
+        if rng is None or rng.dtype != torch.uint8 or rng.shape != torch.get_rng_state().shape:
+            raise CheckpointError("the checkpoint's random state is missing or malformed")
+        torch.set_rng_state(rng)
+        return trainer
+
+    def _restore_optimizer(self, moments: dict[str, Tensor]) -> None:
+        """``moments``: nothing before the first step, else three tensors for every parameter."""
+        wanted = {"step": None, "exp_avg": None, "exp_avg_sq": None}
+        names = {f"{name}.{m}" for name, _ in self.model.named_parameters() for m in wanted} if moments else set()
+        if set(moments) != names:
+            raise CheckpointError("the checkpoint's optimizer state does not match its model")
+        for name, parameter in self.model.named_parameters() if moments else ():
+            for moment in wanted:
+                value = moments[f"{name}.{moment}"]
+                shape = torch.Size() if moment == "step" else parameter.shape
+                if value.shape != shape or value.dtype != torch.float32:
+                    raise CheckpointError(f"the checkpoint's optimizer state of {name} has the wrong shape or dtype")
+                self.optimizer.state[parameter][moment] = value.clone()
+
+
+def model_from_checkpoint(checkpoint: Checkpoint) -> LanguageModel:
+    """The model of a checkpoint. Sizes are compared with the tensors before anything of that size is allocated."""
+    tensors = checkpoint.part("model")
+    try:
+        config = from_dict(LanguageModelConfig, checkpoint.state["model"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's model settings are unusable: {error}") from error
+    if config.layers > len(tensors):
+        raise CheckpointError(f"the checkpoint's settings name {config.layers} layers, its tensors are fewer")
+    try:
+        with torch.device("meta"):
+            expected = LanguageModel(config).state_dict()
+    except (RuntimeError, ValueError) as error:  # sizes whose product overflows
+        raise CheckpointError("the checkpoint's model settings are unusable") from error
+    for name in sorted(set(expected) | set(tensors)):
+        want, got = expected.get(name), tensors.get(name)
+        if want is None or got is None or want.shape != got.shape or want.dtype != got.dtype:
+            shapes = [f"{list(t.shape)} {t.dtype}" if t is not None else "nothing" for t in (want, got)]
+            raise CheckpointError(f"the checkpoint's tensor {name} must be {shapes[0]}, got {shapes[1]}")
+    model = LanguageModel(config)
+    model.load_state_dict(tensors)
+    return model
