@@ -93,12 +93,6 @@ class Case:
     def backward_operator(self) -> str:
         return self.backward or f"{self.operator}_backward"
 
-    def with_sizes(self, changes: Sizes) -> dict[str, int]:
-        """The case's sizes with some of them changed; ValueError for names it does not have."""
-        if unknown := set(changes) - set(self.sizes):
-            raise ValueError(f"{self.operator} has the sizes {', '.join(self.sizes)}, not {', '.join(sorted(unknown))}")
-        return {**self.sizes, **changes}
-
 
 class Trial:
     """A case with inputs of one dtype on one device; several functions can be tried on the same inputs."""
