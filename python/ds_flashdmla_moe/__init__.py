@@ -3,6 +3,7 @@
 
 from . import flash_mla, ops
 from ._library import VERSION as __version__
+from .moe import MoEWeights, moe_forward_unfused, moe_megakernel_fwd
 from .ops.attention import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -11,11 +12,14 @@ from .ops.attention import (
 )
 
 __all__ = [
+    "MoEWeights",
     "__version__",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "flash_mla",
+    "moe_forward_unfused",
+    "moe_megakernel_fwd",
     "ops",
 ]
