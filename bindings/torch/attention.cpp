@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> flash_dmla(const Tensor& q, const Tensor& k, 
   const std::int64_t batch = q.size(0), heads = q.size(1), s_q = q.size(2);
   Tensor latent = empty(q, {batch, heads, s_q, wk ? wk->size(1) : q.size(3)}, q.scalar_type());
   // A schema cannot return an optional tensor that Python understands everywhere: not projected, out is empty.
-  Tensor out = project_output ? empty(q, {batch, heads, s_q, wv->size(0)}, q.scalar_type())
-                              : empty(q, {0}, q.scalar_type());
+  Tensor out =
+      project_output ? empty(q, {batch, heads, s_q, wv->size(0)}, q.scalar_type()) : empty(q, {0}, q.scalar_type());
   Tensor lse = empty(q, {batch, heads, s_q}, accumulator_dtype(q));
   const FlashDmlaArgs args{.q = view(q),
                            .k = view(k),
@@ -151,7 +151,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   library.impl("flash_dmla", TORCH_BOX(&flash_dmla));                   \
   library.impl("flash_dmla_backward", TORCH_BOX(&flash_dmla_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m) { DSM_IMPLEMENT(m) }
-STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }
 
 }  // namespace dsm::binding

@@ -49,20 +49,20 @@ std::tuple<Tensor, Tensor> moe_gate(const Tensor& logits, std::int64_t topk, con
   if (topk < 1) throw Error("moe_gate", "topk", "at least 1", std::to_string(topk));
   Tensor weights = empty(logits, {tokens, topk}, logits.scalar_type());
   Tensor indices = empty(logits, {tokens, topk}, ScalarType::Int);
-  Call call(logits);
-  dsm::moe_gate({.logits = view(logits),
-                 .bias = view(bias),
-                 .token_ids = view(token_ids),
-                 .tid2eid = view(tid2eid),
-                 .scoring = scoring_named(scoring),
-                 .normalize = normalize_named(normalize),
-                 .routed_scaling_factor = routed_scaling_factor,
-                 .n_group = n_group,
-                 .topk_group = topk_group,
-                 .capacity_rows = capacity_rows,
-                 .weights = view(weights),
-                 .indices = view(indices)},
-                call.launch());
+  const MoeGateArgs args{.logits = view(logits),
+                         .bias = view(bias),
+                         .token_ids = view(token_ids),
+                         .tid2eid = view(tid2eid),
+                         .scoring = scoring_named(scoring),
+                         .normalize = normalize_named(normalize),
+                         .routed_scaling_factor = routed_scaling_factor,
+                         .n_group = n_group,
+                         .topk_group = topk_group,
+                         .capacity_rows = capacity_rows,
+                         .weights = view(weights),
+                         .indices = view(indices)};
+  Call call(logits, moe_gate_workspace(args));
+  dsm::moe_gate(args, call.launch());
   return {weights, indices};
 }
 

@@ -42,12 +42,12 @@ DSM_API std::size_t flash_attn_workspace(const FlashAttnArgs& args);
 ///
 /// dk and dv add up the query heads of a group in order. Rows outside every sequence get gradient 0.
 struct FlashAttnBackwardArgs {
-  TensorView dout;           ///< like out
-  TensorView dlse;           ///< contiguous, like lse; absent: 0
-  TensorView q;              ///< this and the following as in the forward call
+  TensorView dout;  ///< like out
+  TensorView dlse;  ///< contiguous, like lse; absent: 0
+  TensorView q;     ///< this and the following as in the forward call
   TensorView k;
   TensorView v;
-  TensorView out;            ///< contiguous
+  TensorView out;  ///< contiguous
   TensorView lse;
   TensorView cu_seqlens_q;
   TensorView cu_seqlens_kv;
@@ -101,7 +101,7 @@ struct FlashDmlaBackwardArgs {
   TensorView v;
   TensorView wk;
   TensorView wv;
-  TensorView latent;   ///< contiguous
+  TensorView latent;  ///< contiguous
   TensorView lse;
   double softmax_scale = 1;
   bool causal = false;

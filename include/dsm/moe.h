@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -44,8 +45,9 @@ enum class Normalize : std::uint8_t {
 ///   4. weights = s_e (without bias), normalised as said above, times routed_scaling_factor; 0 where dropped.
 ///
 /// Equal values: the smaller expert (or group) index first. A logit that is NaN or +inf, and for softmax a row of -inf
-/// alone, is refused on CPU; on CUDA, where a kernel cannot refuse, that row's weights are NaN and its indices valid.
-/// Sources: DeepSeek-V3 and -V4 reference gates; capacity as in GShard (arXiv 2006.16668).
+/// alone, is refused on CPU, and so is an id out of its range; on CUDA, where a kernel cannot refuse, that row's
+/// weights are NaN (0 where dropped) and its indices valid. Sources: DeepSeek-V3 and -V4 reference gates; capacity as
+/// in GShard (arXiv 2006.16668).
 struct MoeGateArgs {
   TensorView logits{};     ///< [tokens, experts] float32|float64, rows any distance apart
   TensorView bias{};       ///< [experts] float32, finite or -inf; absent: 0
@@ -60,6 +62,7 @@ struct MoeGateArgs {
   TensorView indices{};             ///< out [tokens, topk] int32: expert, or -1 - expert where dropped
 };
 DSM_API void moe_gate(const MoeGateArgs& args, const Launch& launch = {});
+DSM_API std::size_t moe_gate_workspace(const MoeGateArgs& args);
 
 /// dlogits of moe_gate: the derivative of what it computes, through scores and both normalisations; the choice of
 /// experts has none. A dropped pair's weight is the constant 0, yet under Normalize::selected its score is part of the

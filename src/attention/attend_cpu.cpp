@@ -39,10 +39,14 @@ bool finite_rows(const cpu::Matrix& matrix, std::int64_t rows, std::int64_t colu
 /// Whether no element is an infinity or NaN, that is, has an exponent of all ones.
 bool finite(const cpu::Matrix& matrix, std::int64_t rows, std::int64_t columns) {
   switch (matrix.dtype) {
-    case DType::float64: return finite_rows<std::uint64_t>(matrix, rows, columns, 0x7ff0'0000'0000'0000);
-    case DType::float16: return finite_rows<std::uint16_t>(matrix, rows, columns, 0x7c00);
-    case DType::bfloat16: return finite_rows<std::uint16_t>(matrix, rows, columns, 0x7f80);
-    default: return finite_rows<std::uint32_t>(matrix, rows, columns, 0x7f80'0000);
+    case DType::float64:
+      return finite_rows<std::uint64_t>(matrix, rows, columns, 0x7ff0'0000'0000'0000);
+    case DType::float16:
+      return finite_rows<std::uint16_t>(matrix, rows, columns, 0x7c00);
+    case DType::bfloat16:
+      return finite_rows<std::uint16_t>(matrix, rows, columns, 0x7f80);
+    default:
+      return finite_rows<std::uint32_t>(matrix, rows, columns, 0x7f80'0000);
   }
 }
 

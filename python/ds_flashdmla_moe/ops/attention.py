@@ -93,8 +93,8 @@ def flash_attn(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over a batch of one length, with grouped query heads; differentiable in out and lse.
 
-    ``s_ij = softmax_scale · q_i·k_j``, ``lse_i = log Σ_j exp(s_ij)``, ``out_i = Σ_j exp(s_ij − lse_i) v_j``; query head h
-    uses key head ``h // (h_q // h_kv)``. Arithmetic, strides and masking as in :func:`flash_dmla_fwd`, but a causal
+    ``s_ij = softmax_scale · q_i·k_j``, ``lse_i = log Σ_j exp(s_ij)``, ``out_i = Σ_j exp(s_ij − lse_i) v_j``; query head
+    h uses key head ``h // (h_q // h_kv)``. Arithmetic, strides and masking as in :func:`flash_dmla_fwd`, but a causal
     ``s_q > s_kv`` is allowed: the first queries then have no key, output 0 and lse −inf.
 
     Args:
@@ -178,11 +178,22 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = True,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`flash_attn_varlen_func` of ``qkv`` ``[T, h, 2·head_dim_qk + d_v]``, which holds q, k and v side by side."""
+    """:func:`flash_attn_varlen_func` of ``qkv`` ``[T, h, 2·head_dim_qk + d_v]``: q, k and v side by side."""
     _check_packed("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 2, head_dim_qk)
     q, k, v = qkv.tensor_split((head_dim_qk, 2 * head_dim_qk), dim=-1)
     return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, deterministic, is_varlen
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        deterministic,
+        is_varlen,
     )
 
 
@@ -200,7 +211,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = True,
     is_varlen: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`flash_attn_varlen_func` of ``kv`` ``[T_kv, h_k, head_dim_qk + d_v]``, which holds k and v side by side."""
+    """:func:`flash_attn_varlen_func` of ``kv`` ``[T_kv, h_k, head_dim_qk + d_v]``: k and v side by side."""
     _check_packed("flash_attn_varlen_kvpacked_func", "kv", kv, 1, head_dim_qk)
     k, v = kv.tensor_split((head_dim_qk,), dim=-1)
     return flash_attn_varlen_func(
@@ -243,7 +254,13 @@ def _check_packed(operator: str, argument: str, packed: Tensor, parts: int, head
 
 @fake("flash_attn")
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     *batch, rows, heads, _ = q.shape
     lse = q.new_empty((*batch, heads, rows), dtype=accumulator_dtype(q))

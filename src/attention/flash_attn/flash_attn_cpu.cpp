@@ -40,7 +40,8 @@ template <class Args>
 std::vector<Sequence> sequences(const Args& a) {
   std::vector<Sequence> result;
   if (a.cu_seqlens_q) {
-    const auto *q = a.cu_seqlens_q.template as<const std::int32_t>(), *kv = a.cu_seqlens_kv.template as<const std::int32_t>();
+    const auto *q = a.cu_seqlens_q.template as<const std::int32_t>(),
+               *kv = a.cu_seqlens_kv.template as<const std::int32_t>();
     for (std::int64_t b = 0; b + 1 < a.cu_seqlens_q.size(0); ++b)
       result.push_back({{b, q[b], q[b + 1] - q[b]}, {b, kv[b], kv[b + 1] - kv[b]}});
   } else {

@@ -57,13 +57,9 @@ void check_args(const FlashDmlaArgs& a) {
   }
   check.contiguous("latent", a.latent, "[batch, heads, s_q, d_latent]", {batch, heads, s_q, d_latent}, {a.q.dtype});
   check.contiguous("lse", a.lse, "[batch, heads, s_q]", {batch, heads, s_q}, {statistics(a.q.dtype)});
-  check.on_device(a.q.device, {{"k", a.k},
-                               {"v", a.v},
-                               {"wk", a.wk},
-                               {"wv", a.wv},
-                               {"out", a.out},
-                               {"latent", a.latent},
-                               {"lse", a.lse}});
+  check.on_device(
+      a.q.device,
+      {{"k", a.k}, {"v", a.v}, {"wk", a.wk}, {"wv", a.wv}, {"out", a.out}, {"latent", a.latent}, {"lse", a.lse}});
 }
 
 void check_args(const FlashDmlaBackwardArgs& a) {

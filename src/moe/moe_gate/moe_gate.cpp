@@ -9,9 +9,22 @@
 namespace dsm {
 namespace {
 
-const Operator<MoeGateArgs> forward("moe", "moe_gate", {{"cpu", DeviceType::cpu, moe_gate_cpu}});
+Reason fits_a_warp(std::int64_t experts, std::int64_t topk, std::int64_t groups) {
+  if (experts > kMaxCudaExperts) return "takes at most " + std::to_string(kMaxCudaExperts) + " experts";
+  if (topk > kMaxCudaTopk) return "takes a topk of at most " + std::to_string(kMaxCudaTopk);
+  if (groups > kMaxCudaGroups) return "takes at most " + std::to_string(kMaxCudaGroups) + " groups";
+  return "";
+}
+Reason forward_fits(const MoeGateArgs& a) { return fits_a_warp(a.logits.size(1), a.weights.size(1), a.n_group); }
+Reason backward_fits(const MoeGateBackwardArgs& a) { return fits_a_warp(a.logits.size(1), a.indices.size(1), 1); }
+
+const Operator<MoeGateArgs> forward("moe", "moe_gate",
+                                    {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(moe_gate_cuda), forward_fits},
+                                     {"cpu", DeviceType::cpu, moe_gate_cpu}});
 const Operator<MoeGateBackwardArgs> backward("moe", "moe_gate_backward",
-                                             {{"cpu", DeviceType::cpu, moe_gate_backward_cpu}});
+                                             {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(moe_gate_backward_cuda),
+                                               backward_fits},
+                                              {"cpu", DeviceType::cpu, moe_gate_backward_cpu}});
 
 constexpr Check::DTypes kGateTypes = {DType::float32, DType::float64};
 
@@ -71,8 +84,15 @@ void check_args(const MoeGateBackwardArgs& a) {
 
 void moe_gate(const MoeGateArgs& args, const Launch& launch) {
   check_args(args);
+  Check("moe_gate").workspace(launch, moe_gate_workspace(args));
   if (args.logits.size(0) == 0) return;
   forward(args, args.logits.device, launch);
+}
+
+std::size_t moe_gate_workspace(const MoeGateArgs& args) {
+  const bool needed = args.logits.device.type == DeviceType::cuda && args.capacity_rows >= 0;
+  if (!needed || args.weights.size(1) > kMaxCudaTopk) return 0;
+  return static_cast<std::size_t>(capacity_chunks(args) * args.logits.size(1)) * sizeof(std::int32_t);
 }
 
 void moe_gate_backward(const MoeGateBackwardArgs& args, const Launch& launch) {

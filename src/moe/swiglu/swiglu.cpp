@@ -7,8 +7,12 @@
 namespace dsm {
 namespace {
 
-const Operator<SwigluArgs> forward("moe", "swiglu", {{"cpu", DeviceType::cpu, swiglu_cpu}});
-const Operator<SwigluBackwardArgs> backward("moe", "swiglu_backward", {{"cpu", DeviceType::cpu, swiglu_backward_cpu}});
+const Operator<SwigluArgs> forward("moe", "swiglu",
+                                   {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(swiglu_cuda)},
+                                    {"cpu", DeviceType::cpu, swiglu_cpu}});
+const Operator<SwigluBackwardArgs> backward("moe", "swiglu_backward",
+                                            {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(swiglu_backward_cuda)},
+                                             {"cpu", DeviceType::cpu, swiglu_backward_cpu}});
 
 void check_z(const Check& check, const TensorView& z, double limit) {
   check.tensor("z", z, "[rows, 2 * intermediate]", {Check::kAny, Check::kAny}, kFloating);

@@ -7,5 +7,7 @@ namespace dsm {
 
 void swiglu_cpu(const SwigluArgs& args, const Launch& launch);
 void swiglu_backward_cpu(const SwigluBackwardArgs& args, const Launch& launch);
+void swiglu_cuda(const SwigluArgs& args, const Launch& launch);
+void swiglu_backward_cuda(const SwigluBackwardArgs& args, const Launch& launch);
 
 }  // namespace dsm

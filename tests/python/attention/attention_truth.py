@@ -13,10 +13,14 @@ def visible(s_q: int, s_kv: int, causal: bool) -> Tensor:
     return key <= query + s_kv - s_q if causal else torch.ones(s_q, s_kv, dtype=torch.bool)
 
 
+def _group(q: Tensor, k: Tensor) -> int:
+    return q.shape[-3] // k.shape[-3] if k.shape[-3] else 1
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """out and lse; differentiable. Key heads are repeated for their group of query heads."""
     q, k, v = q.double(), k.double(), v.double()
-    group = q.shape[-3] // k.shape[-3]
+    group = _group(q, k)
     k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
     mask = visible(q.shape[-2], k.shape[-2], causal)
     some = mask.any(-1)
@@ -30,10 +34,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tu
 def attention_gradients(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv by the formula, given the output as it was stored; then, for each, the largest sum of the magnitudes
-    of the terms that it is a sum of."""
+    """dq, dk, dv by the formula, given the output as it was stored; then, for each of them, the sums of the magnitudes
+    of the terms that its elements are sums of."""
     dout, dlse, q, k, v, out = (t.double() for t in (dout, dlse, q, k, v, out))
-    heads, group = k.shape[-3], q.shape[-3] // k.shape[-3]
+    heads, group = k.shape[-3], _group(q, k)
     _, lse = attention(q, k, v, scale, causal)
     wide_k, wide_v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
     mask = visible(q.shape[-2], k.shape[-2], causal)
@@ -47,5 +51,13 @@ def attention_gradients(
         return t.unflatten(-3, (heads, group)).sum(-3)
 
     results = (ds @ wide_k * scale, grouped(ds.mT @ q * scale), grouped(p.mT @ dout))
-    terms = (ds_terms @ wide_k.abs() * abs(scale), grouped(ds_terms.mT @ q.abs() * abs(scale)), grouped(p.mT @ dout.abs()))
-    return (*results, *(t.abs().max() if t.numel() else torch.tensor(0.0) for t in terms))
+    terms = (
+        ds_terms @ wide_k.abs() * abs(scale),
+        grouped(ds_terms.mT @ q.abs() * abs(scale)),
+        grouped(p.mT @ dout.abs()),
+    )
+    return (*results, *terms)
+
+
+def largest(t: Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from attention_truth import attention, attention_gradients, largest
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
-from attention_truth import attention, attention_gradients
 from tolerance import FLOATING, assert_close
 
 
@@ -31,7 +31,7 @@ CASES = [
     Case(2, 64, 65, 2, 2, 64, 64),
     Case(1, 65, 128, 3, 1, 128, 128),
     Case(1, 70, 70, 2, 2, 192, 128),
-    Case(2, 1, 5000, 8, 2, 64, 64),  # decoding: several wide tiles
+    Case(1, 1, 4200, 4, 2, 16, 16),  # decoding: several wide tiles
     Case(1, 3, 600, 2, 1, 33, 17),
     Case(1, 10, 4, 2, 1, 8, 8),  # causal: the first six queries have no key
     Case(1, 200, 70, 1, 1, 8, 8),
@@ -62,7 +62,7 @@ def check_against_truth(
     truth = attention_gradients(dout.transpose(1, 2), dlse, *heads_first, stored, scale, causal)
     for name, t, gradient, terms in zip("qkv", (q, k, v), truth[:3], truth[3:], strict=True):
         assert t.grad is not None
-        assert_close(f"d{name}", t.grad, gradient.transpose(1, 2), scale=float(terms))
+        assert_close(f"d{name}", t.grad, gradient.transpose(1, 2), scale=largest(terms))
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -127,15 +127,19 @@ def test_fuzz(seed: int) -> None:
 
 def test_views_are_read_in_place() -> None:
     wide = torch.randn(2, 70, 3, 40)
-    for view in (wide[..., 3:19], wide.transpose(1, 2)[:, :60].transpose(1, 2)[..., :16], wide[:, :, :1].expand(2, 70, 3, 40)):
+    for view in (
+        wide[..., 3:19],
+        wide.transpose(1, 2)[:, :60].transpose(1, 2)[..., :16],
+        wide[:, :, :1].expand(2, 70, 3, 40),
+    ):
         out, lse = dsm.ops.flash_attn(view, view, view, causal=True)
-        expected, expected_lse = dsm.ops.flash_attn(*[view.clone(memory_format=torch.contiguous_format)] * 3, causal=True)
+        expected, expected_lse = dsm.ops.flash_attn(
+            *[view.clone(memory_format=torch.contiguous_format)] * 3, causal=True
+        )
         assert torch.equal(out, expected)
         assert torch.equal(lse, expected_lse)
     apart = torch.randn(2, 70, 16, 3).transpose(2, 3)  # the last dimension is not adjacent: copied
-    assert torch.equal(
-        dsm.ops.flash_attn(apart, apart, apart)[0], dsm.ops.flash_attn(*[apart.contiguous()] * 3)[0]
-    )
+    assert torch.equal(dsm.ops.flash_attn(apart, apart, apart)[0], dsm.ops.flash_attn(*[apart.contiguous()] * 3)[0])
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -190,7 +194,9 @@ def test_all_scores_minus_infinity() -> None:
     assert torch.equal(dv, torch.zeros_like(dv))
 
 
-@pytest.mark.parametrize("case", [Case(2, 300, 300, 6, 2, 32, 24), Case(3, 1, 9000, 4, 2, 16, 16)], ids=["train", "decode"])
+@pytest.mark.parametrize(
+    "case", [Case(2, 300, 300, 6, 2, 32, 24), Case(3, 1, 9000, 4, 2, 16, 16)], ids=["train", "decode"]
+)
 def test_same_bits_for_any_number_of_threads_and_on_reruns(case: Case) -> None:
     q, k, v = (t.requires_grad_() for t in draw(case, torch.float32))
 
@@ -227,9 +233,9 @@ def test_bad_shapes_are_refused(q: tuple[int, ...], k: tuple[int, ...], v: tuple
 
 def test_bad_dtypes_and_values_are_refused() -> None:
     x = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(ValueError, match="k must be .* float32, got .* float16"):
+    with pytest.raises(ValueError, match=r"k must be .* float32, got .* float16"):
         dsm.ops.flash_attn(x, x.half(), x)
-    with pytest.raises(ValueError, match="q must be .* got .* int32"):
+    with pytest.raises(ValueError, match=r"q must be .* got .* int32"):
         dsm.ops.flash_attn(x.int(), x.int(), x.int())
     with pytest.raises(ValueError, match="softmax_scale must be finite"):
         dsm.ops.flash_attn(x, x, x, softmax_scale=float("nan"))

@@ -61,7 +61,9 @@ def test_rows_outside_every_sequence() -> None:
     cu_q, cu_kv = offsets([4, 70], first=2), offsets([9, 80], first=3)
     q, k, v = draw(80, 100, torch.float32)
     inside_q, inside_kv = slice(2, 76), slice(3, 92)
-    expected = dsm.flash_attn_varlen_func(q[inside_q], k[inside_kv], v[inside_kv], cu_q - 2, cu_kv - 3, 70, 80, causal=True)
+    expected = dsm.flash_attn_varlen_func(
+        q[inside_q], k[inside_kv], v[inside_kv], cu_q - 2, cu_kv - 3, 70, 80, causal=True
+    )
     for t, inside in ((q, inside_q), (k, inside_kv), (v, inside_kv)):
         outside = torch.ones(t.shape[0], dtype=torch.bool)
         outside[inside] = False
@@ -115,7 +117,7 @@ def test_other_bad_arguments_are_refused() -> None:
     cu = offsets([6])
     with pytest.raises(ValueError, match="dropout_p must be 0"):
         dsm.flash_attn_varlen_func(q, k, v, cu, cu, 6, 6, dropout_p=0.1)
-    with pytest.raises(ValueError, match="cu_seqlens_q must be .* int32, got .* int64"):
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must be .* int32, got .* int64"):
         dsm.flash_attn_varlen_func(q, k, v, cu.long(), cu, 6, 6)
     with pytest.raises(ValueError, match="q must be"):
         dsm.flash_attn_varlen_func(q[None], k, v, cu, cu, 6, 6)
