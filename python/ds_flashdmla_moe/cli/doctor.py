@@ -33,7 +33,7 @@ def command(
     for name in ("operator", "runs on", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("error", "of allowed", "time"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     previous = ""
     for report in reports:
