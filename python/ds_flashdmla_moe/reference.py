@@ -34,10 +34,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool = True, inverse: bool = False) -> Tensor:
-    """Rotate pairs of x [..., tokens, heads, d] by the angles ``positions[..., tokens] * inv_freq[d / 2]``.
+    """Rotate pairs of the last ``2 * len(inv_freq)`` of x [..., tokens, heads, d] by ``positions * inv_freq``.
 
-    Pairs are (2i, 2i+1) when ``interleaved``, else (i, i + d/2); ``inverse`` rotates back.
+    Pair i is (2i, 2i+1) when ``interleaved``, else (i, pairs + i); ``inverse`` rotates back.
     """
+    d, rotated = x.shape[-1], 2 * inv_freq.numel()
+    if rotated < d:
+        y = rope(x[..., d - rotated :], positions, inv_freq, interleaved, inverse)
+        return torch.cat((x[..., : d - rotated], y), dim=-1)
     angle = positions.to(torch.float32)[..., None, None] * inv_freq.to(torch.float32)
     cos, sin = angle.cos(), angle.sin()
     if inverse:

@@ -20,7 +20,8 @@ std::string bracketed(const std::int64_t* extents, int rank) {
 std::string join(Check::DTypes dtypes) {
   std::string text;
   for (const DType* dtype = dtypes.begin(); dtype != dtypes.end(); ++dtype)
-    if (std::find(dtypes.begin(), dtype, *dtype) == dtype) text += (text.empty() ? "" : "|") + std::string(name(*dtype));
+    if (std::find(dtypes.begin(), dtype, *dtype) == dtype)
+      text += (text.empty() ? "" : "|") + std::string(name(*dtype));
   return text;
 }
 
@@ -65,6 +66,11 @@ void Check::aligned(const char* argument, const TensorView& tensor, int bytes) c
   const auto misaligned = reinterpret_cast<std::uintptr_t>(tensor.data) % static_cast<unsigned>(bytes);
   that(!tensor || misaligned == 0, argument, "aligned to " + std::to_string(bytes) + " bytes",
        "an address " + std::to_string(misaligned) + " bytes off");
+}
+
+void Check::workspace(const Launch& launch, std::size_t bytes) const {
+  const std::size_t given = launch.workspace ? launch.workspace_bytes : 0;
+  that(given >= bytes, "workspace", "of at least " + std::to_string(bytes) + " bytes", std::to_string(given));
 }
 
 void Check::that(bool holds, const char* argument, const std::string& expected, const std::string& got) const {

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "dsm/launch.h"
 #include "dsm/tensor_view.h"
 
 namespace dsm {
@@ -39,6 +40,9 @@ class Check {
 
   /// A present tensor's data must be a multiple of `bytes`.
   void aligned(const char* argument, const TensorView& tensor, int bytes) const;
+
+  /// The workspace must hold `bytes`.
+  void workspace(const Launch& launch, std::size_t bytes) const;
 
   void that(bool holds, const char* argument, const std::string& expected, const std::string& got) const;
   void that(bool holds, const char* argument, const std::string& expected, std::int64_t got) const;

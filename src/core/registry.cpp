@@ -61,13 +61,13 @@ OperatorEntry::OperatorEntry(const char* family, const char* name, std::vector<O
 
 bool OperatorEntry::recording() { return is_recording.load(std::memory_order_relaxed); }
 
-void OperatorEntry::finish(Choice& choice, int row) const {
-  choice.implementation = info_.implementations[row].name;
+void OperatorEntry::note(const Choice& choice) {
   const std::lock_guard lock(record_mutex);
-  if (record.empty() || !same(record.back(), choice)) record.push_back(std::move(choice));
+  if (record.empty() || !same(record.back(), choice)) record.push_back(choice);
 }
 
 void OperatorEntry::fail(const Choice& choice) const {
+  if (recording()) note(choice);
   std::string reasons;
   for (const auto& [implementation, reason] : choice.rejections)
     reasons += (reasons.empty() ? "" : "; ") + implementation + ": " + reason;

@@ -49,7 +49,10 @@ class OperatorEntry {
       const bool skipped = forced_ >= 0 && forced_ != row;
       Reason reason = skipped ? "another implementation is forced" : refuse(row);
       if (reason.empty()) {
-        if (recording()) finish(choice, row);
+        if (recording()) {
+          choice.implementation = info_.implementations[row].name;
+          note(choice);
+        }
         return row;
       }
       choice.rejections.push_back({info_.implementations[row].name, std::move(reason)});
@@ -59,7 +62,7 @@ class OperatorEntry {
 
  private:
   static bool recording();
-  void finish(Choice& choice, int row) const;
+  static void note(const Choice& choice);
   [[noreturn]] void fail(const Choice& choice) const;
 
   OperatorInfo info_;

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..accuracy import FLOATING, Deviation, deviation
+from ..accuracy import FLOATING, ULP, Deviation, deviation
 
 __all__ = ["Case", "Draw", "Function", "Sizes", "Trial", "Work"]
 
@@ -93,12 +93,6 @@ class Case:
     def backward_operator(self) -> str:
         return self.backward or f"{self.operator}_backward"
 
-    def with_sizes(self, changes: Sizes) -> dict[str, int]:
-        """The case's sizes with some of them changed; ValueError for names it does not have."""
-        if unknown := set(changes) - set(self.sizes):
-            raise ValueError(f"{self.operator} has the sizes {', '.join(self.sizes)}, not {', '.join(sorted(unknown))}")
-        return {**self.sizes, **changes}
-
 
 class Trial:
     """A case with inputs of one dtype on one device; several functions can be tried on the same inputs."""
@@ -146,8 +140,8 @@ class Trial:
         inputs = self._wide_inputs()
         outputs = [output for output in _tuple(self.case.formula(**inputs)) if output.requires_grad]
         truths = torch.autograd.grad(outputs, self._arguments(inputs), [grad.double() for grad in self._graph[1]])
-        rounded = 1.0 if self.case.reads_rounded else 0.0
-        return _worst(deviation(*pair, rounded=rounded) for pair in zip(gradients, truths, strict=True))
+        inherited = ULP[self.dtype] if self.case.reads_rounded else 0.0
+        return _worst(deviation(*pair, inherited=inherited) for pair in zip(gradients, truths, strict=True))
 
     def _arguments(self, inputs: dict[str, Any]) -> list[Tensor]:
         return [inputs[name] for name in self.case.gradients]

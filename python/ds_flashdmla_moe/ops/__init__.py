@@ -8,6 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
+from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 
 __all__ = [
@@ -16,7 +17,13 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
+    "grouped_gemm",
+    "moe_combine",
+    "moe_ffn",
+    "moe_gate",
+    "moe_permute",
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "swiglu",
 ]

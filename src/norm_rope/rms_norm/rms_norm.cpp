@@ -1,15 +1,30 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #include "src/norm_rope/rms_norm/rms_norm.h"
 
+#include <algorithm>
+#include <cstdint>
+
 #include "src/core/checks.h"
 #include "src/core/registry.h"
 
 namespace dsm {
 namespace {
 
-const Operator<RmsNormArgs> forward("norm_rope", "rms_norm", {{"cpu", DeviceType::cpu, rms_norm_cpu}});
+// The CUDA kernels count the elements of a row in 32 bits, with room for a step beyond its end.
+constexpr std::int64_t kMaxCudaHidden = std::int64_t{1} << 30;
+
+template <class Args>
+Reason rows_fit(const Args& args) {
+  return args.x.size(1) <= kMaxCudaHidden ? "" : "takes rows of at most 2^30 elements";
+}
+
+const Operator<RmsNormArgs> forward("norm_rope", "rms_norm",
+                                    {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(rms_norm_cuda), rows_fit<RmsNormArgs>},
+                                     {"cpu", DeviceType::cpu, rms_norm_cpu}});
 const Operator<RmsNormBackwardArgs> backward("norm_rope", "rms_norm_backward",
-                                             {{"cpu", DeviceType::cpu, rms_norm_backward_cpu}});
+                                             {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(rms_norm_backward_cuda),
+                                               rows_fit<RmsNormBackwardArgs>},
+                                              {"cpu", DeviceType::cpu, rms_norm_backward_cpu}});
 
 DType statistics(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
@@ -59,10 +74,15 @@ void rms_norm(const RmsNormArgs& args, const Launch& launch) {
 
 void rms_norm_backward(const RmsNormBackwardArgs& args, const Launch& launch) {
   check_args(args);
+  Check("rms_norm_backward").workspace(launch, rms_norm_backward_workspace(args));
   // No early return for zero rows: dweight must still become zero.
   backward(args, args.x.device, launch);
 }
 
-std::size_t rms_norm_backward_workspace(const RmsNormBackwardArgs&) { return 0; }
+std::size_t rms_norm_backward_workspace(const RmsNormBackwardArgs& args) {
+  if (args.x.device.type == DeviceType::cpu || !args.dweight) return 0;
+  const std::int64_t sums = std::min(args.x.size(0), kDweightPartials) * args.x.size(1);
+  return static_cast<std::size_t>(sums) * element_size(statistics(args.x.dtype));
+}
 
 }  // namespace dsm

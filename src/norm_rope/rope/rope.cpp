@@ -10,7 +10,16 @@
 namespace dsm {
 namespace {
 
-const Operator<RopeArgs> forward("norm_rope", "rope", {{"cpu", DeviceType::cpu, rope_cpu}});
+// The CUDA kernel counts the elements of a token in 32 bits, with room for a block's work.
+constexpr std::int64_t kMaxCudaTokenElements = std::int64_t{1} << 30;
+
+Reason token_fits(const RopeArgs& args) {
+  return args.x.size(1) * args.x.size(2) <= kMaxCudaTokenElements ? "" : "takes at most 2^30 elements per token";
+}
+
+const Operator<RopeArgs> forward("norm_rope", "rope",
+                                 {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(rope_cuda), token_fits},
+                                  {"cpu", DeviceType::cpu, rope_cpu}});
 
 void check_args(const RopeArgs& a) {
   const Check check("rope");

@@ -17,7 +17,7 @@ namespace {
 
 constexpr float kEpsilon = std::numeric_limits<float>::epsilon();
 
-TEST(RopeFrequencies, PlainArePowersOfTheBase) {
+TEST(RopeNumerics, FrequenciesArePowersOfTheBase) {
   double worst = 0;
   for (int d_rope : {2, 32, 48, 64, 96, 128}) {
     for (double base : {10000.0, 160000.0, 500000.0}) {
@@ -35,7 +35,7 @@ TEST(RopeFrequencies, PlainArePowersOfTheBase) {
 }
 
 // The released model's frequencies, computed in float64 from the definition.
-TEST(RopeFrequencies, YarnOfDeepSeekV4) {
+TEST(RopeNumerics, YarnOfDeepSeekV4) {
   const double golden[32] = {1.0,           6.8765602e-01, 4.7287080e-01, 3.2517246e-01, 2.2360680e-01, 1.5376456e-01,
                              1.0573713e-01, 7.2710772e-02, 5.0000000e-02, 3.4382801e-02, 2.3643540e-02, 1.6258623e-02,
                              1.1180340e-02, 7.6882281e-03, 5.2868563e-03, 3.6355386e-03, 2.2656250e-03, 1.3968013e-03,
@@ -51,7 +51,7 @@ TEST(RopeFrequencies, YarnOfDeepSeekV4) {
 }
 
 // V3: base 10000, factor 40, trained on 4096 tokens: pairs up to 10 keep their frequency, those from 23 are divided.
-TEST(RopeFrequencies, YarnOfDeepSeekV3) {
+TEST(RopeNumerics, YarnOfDeepSeekV3) {
   const RopeFrequencies plain(64, 10000), yarn(64, 10000, {.factor = 40, .original_length = 4096});
   for (int i = 0; i < 32; ++i) {
     if (i <= 10) {
@@ -67,7 +67,7 @@ TEST(RopeFrequencies, YarnOfDeepSeekV3) {
   EXPECT_EQ(yarn_mscale(1, 1.0), 1);
 }
 
-TEST(RopeFrequencies, FactorOneIsPlainAndRampsStayFinite) {
+TEST(RopeNumerics, FactorOneIsPlainAndRampsStayFinite) {
   const RopeFrequencies plain(64, 10000), off(64, 10000, {.factor = 1, .original_length = 17});
   for (int i = 0; i < 32; ++i) EXPECT_EQ(off(i), plain(i));
   // Equal betas whose pair is a whole number: a ramp of no length.
@@ -76,7 +76,7 @@ TEST(RopeFrequencies, FactorOneIsPlainAndRampsStayFinite) {
   for (int i = 0; i < 32; ++i) EXPECT_EQ(step(i), i == 0 ? plain(i) : plain(i) / 8) << i;
 }
 
-TEST(Rope, AnglesAreRoundedToFloat) {
+TEST(RopeNumerics, AnglesAreRoundedToFloat) {
   const float frequency = 0.68765602f;
   for (std::int64_t position : {0LL, 1LL, 1048575LL, 16777217LL, -3LL}) {
     volatile float product = static_cast<float>(position) * frequency;
@@ -84,7 +84,7 @@ TEST(Rope, AnglesAreRoundedToFloat) {
   }
 }
 
-TEST(Rope, CosineAndSineAreCorrectlyRounded) {
+TEST(RopeNumerics, CosineAndSineAreCorrectlyRounded) {
   std::mt19937 random(5);
   double worst = 0;
   for (int i = 0; i < 100000; ++i) {
@@ -127,7 +127,7 @@ void check_rotation() {
   }
 }
 
-TEST(Rope, RotatesWithRoundedProductsAndBack) {
+TEST(RopeNumerics, RotatesWithRoundedProductsAndBack) {
   check_rotation<float>();
   check_rotation<double>();
 }

@@ -1,0 +1,94 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Medians of calls that take turns, so that clocks, heat and neighbours trouble all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Timing", "take_turns"]
+
+Call = Callable[[], object]
+
+WARM_UP_CALLS = 3
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
+HOST_CALLS = 20
+# A GPU is kept busy for this many times the host time of a call, in cycles of at most this clock, before the call is
+# timed: its launches are then all queued, and the events measure the device alone.
+HEAD_START, CYCLES_PER_SECOND = 2.0, 2e9
+
+
+class Timing(NamedTuple):
+    """Medians in seconds: ``device`` of the work (on a CPU: of the call), ``host`` until the call returned."""
+
+    device: float
+    host: float
+
+
+def take_turns(calls: Mapping[str, Call], device: torch.device, seconds: float = 1.0) -> dict[str, Timing]:
+    """Times several calls in turns, each for about ``seconds``, at least seven times.
+
+    On a GPU the L2 cache is overwritten before every call.
+    """
+    for call in calls.values():
+        for _ in range(WARM_UP_CALLS):
+            call()
+    if device.type == "cuda":
+        return _on_gpu(calls, device, seconds)
+    estimate = {name: _host_seconds(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in _turns(calls, seconds, sum(estimate.values())):
+        times[turn].append(_host_seconds(calls[turn]))
+    return {name: Timing(statistics.median(values), statistics.median(values)) for name, values in times.items()}
+
+
+def _turns(calls: Mapping[str, Call], seconds: float, round_seconds: float) -> list[str]:
+    """The order of all calls; every other round runs backwards, so that none always follows the same one."""
+    budget = seconds * len(calls)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(round_seconds, 1e-9))))
+    names = list(calls)
+    return [name for i in range(rounds) for name in (names if i % 2 == 0 else reversed(names))]
+
+
+def _host_seconds(call: Call) -> float:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _on_gpu(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, Timing]:
+    with torch.cuda.device(device):
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+        host = {}
+        for name, call in calls.items():
+            times = []
+            for _ in range(HOST_CALLS):
+                torch.cuda.synchronize()
+                times.append(_host_seconds(call))
+            host[name] = statistics.median(times)
+        torch.cuda.synchronize()
+        round_seconds = (1 + HEAD_START) * sum(host.values())
+        elapsed: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in _turns(calls, seconds, round_seconds):
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            flush.zero_()
+            torch.cuda._sleep(int(HEAD_START * host[turn] * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+            start.record()
+            calls[turn]()
+            end.record()
+            end.synchronize()
+            elapsed[turn].append(1e-3 * start.elapsed_time(end))
+    return {name: Timing(statistics.median(values), host[name]) for name, values in elapsed.items()}

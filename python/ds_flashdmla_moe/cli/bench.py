@@ -1,0 +1,77 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""``dsm bench``: operators and the training step, side by side with what else is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    operators: Annotated[
+        list[str] | None,
+        typer.Argument(help="Operators; train_step: the demo model's training step. Default: all."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. Default: float32 on a CPU, bfloat16 on a GPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: a GPU where there is one.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each call that is compared.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw them: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Measure operators side by side with what else is installed: torch's own, SDPA, FlashAttention, FlashMLA.
+
+    Times are medians of calls that take turns in one process. On a GPU they are the device's, with the L2 cache
+    overwritten before every call, and the host's time until the call returns stands beside them. Rates count the least
+    bytes and operations the work needs. Exit status 1 says that a result is less exact than allowed.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .. import environment
+    from ..bench import Limits, measurements
+    from ..bench.output import save_json, save_plot, table
+    from ..bench.train_step import NAME as TRAIN_STEP
+    from ..bench.train_step import measure_train_step
+    from ..cases import cases_of
+    from .requests import device_named, dtype_named
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = device_named(device)
+    dtypes = [dtype_named(name) for name in dtype or ["float32" if place.type == "cpu" else "bfloat16"]]
+    for path in filter(None, (json, plot)):
+        if not path.parent.is_dir():
+            raise ValueError(f"the folder of {path} does not exist")
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot}")
+
+    wanted = [name for name in operators or () if name != TRAIN_STEP]
+    limits = Limits(place, seconds)
+    jobs = list(measurements(cases_of(wanted), wanted, limits, dtypes, seconds)) if wanted or not operators else []
+    if place.type == "cpu" and (not operators or TRAIN_STEP in operators):
+        jobs.append((TRAIN_STEP, lambda: measure_train_step(limits, seconds)))
+    if not jobs:
+        raise ValueError(f"there is nothing to measure on {place.type} for {', '.join(operators or dtype or ['it'])}")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 180  # a file or pipe has no width of its own to keep to
+    rows = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(jobs))
+        for title, job in jobs:
+            progress.update(bar, description=title)
+            rows.append(job())
+            progress.advance(bar)
+    console.print(table(rows, limits.as_dict()))
+    if json:
+        save_json(json, rows, limits.as_dict(), environment.describe())
+    if plot:
+        save_plot(plot, rows)
+    if failed := [row for row in rows if not row.error <= row.tolerance]:
+        raise ValueError(f"less exact than allowed: {', '.join(row.operator for row in failed)}")

@@ -1,0 +1,272 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""The mixture-of-experts layer: gate and experts, operator by operator or with the experts fused into one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops._register import accumulator_dtype
+from .ops.moe import Scoring
+
+
+@dataclass
+class MoEWeights:
+    """The parameters of a layer. All but ``gate`` and ``gate_bias`` have the dtype of the layer's input.
+
+    Attributes:
+        gate: ``[experts, hidden]``, any floating dtype.
+        w13: ``[experts, 2 * intermediate, hidden]``; rows 0 … I−1 are the gate projection (w1), I … 2I−1 the up
+            projection (w3).
+        w2: ``[experts, hidden, intermediate]``.
+        gate_bias: ``[experts]`` float32, used for selection only.
+        shared_w13: ``[2 * shared_intermediate, hidden]``; ``None``: no shared expert.
+        shared_w2: ``[hidden, shared_intermediate]``, given exactly when ``shared_w13`` is.
+    """
+
+    gate: Tensor
+    w13: Tensor
+    w2: Tensor
+    gate_bias: Tensor | None = None
+    shared_w13: Tensor | None = None
+    shared_w2: Tensor | None = None
+
+
+def moe_megakernel_fwd(
+    X: Tensor,
+    weights: MoEWeights,
+    *,
+    topk: int,
+    capacity: float | None = None,
+    ep_group_size: int = 1,
+    scoring: Scoring = "softmax",
+    renormalize: bool = True,
+    renormalize_after_drop: bool = False,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    swiglu_limit: float | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    activation_format: str | None = None,
+) -> Tensor:
+    """Mixture of experts with all experts in one operator (:func:`ops.moe_ffn`).
+
+    ::
+
+        logits = X·gateᵀ                                                in float32 (float64 for float64 X)
+        s_k, e_k = weights and experts of the topk slots                as ops.moe_gate does
+        Y[token] = Σ_k s_k · swiglu(X[token]·w13[e_k]ᵀ)·w2[e_k]ᵀ        + the shared expert with weight 1
+
+    summed in float32 (float64) by increasing expert. Differentiable in X, gate, w13, w2 and the shared weights; kept
+    for the backward pass are X, the pre-activations and the routing, nothing permuted.
+
+    Args:
+        X: ``[B, T, hidden]`` or ``[tokens, hidden]``, float64, float32, float16 or bfloat16.
+        weights: see :class:`MoEWeights`.
+        topk: experts per token.
+        capacity: each expert keeps the first ``ceil(tokens * topk / experts * capacity)`` of its (token, slot) pairs in
+            token order; the rest contribute zero and get zero gradient. ``None``: dropless.
+        ep_group_size: 1; sharding experts over processes is not available yet.
+        scoring: ``"softmax"`` (over all experts), ``"sigmoid"`` or ``"sqrtsoftplus"``.
+        renormalize: divide a token's weights by their sum over the selected experts.
+        renormalize_after_drop: divide by the sum over those that capacity kept.
+        routed_scaling_factor: multiplies the weights at the end.
+        n_group: group-limited selection of DeepSeek-V3 when above 1.
+        topk_group: groups to select from.
+        swiglu_limit: experts (the shared one too) compute ``silu(min(g, limit)) * clamp(u, -limit, limit)``.
+        token_ids: X's shape without hidden, int64, for hash routing: given exactly when ``tid2eid`` is.
+        tid2eid: ``[vocab, topk]`` int32 or int64, the experts of each token id. Weights still come from the gate.
+        activation_format: ``None``; quantised activations are not available yet.
+
+    Returns:
+        Y in X's shape and dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit; on CPU also NaN or +inf among the gate's logits.
+        NotImplementedError: ``ep_group_size > 1``, ``activation_format`` or quantised weights.
+    """
+    x, weight_of_pair, indices = _route(
+        "moe_megakernel_fwd",
+        X,
+        weights,
+        topk,
+        capacity,
+        ep_group_size,
+        scoring,
+        renormalize,
+        renormalize_after_drop,
+        routed_scaling_factor,
+        n_group,
+        topk_group,
+        token_ids,
+        tid2eid,
+        activation_format,
+    )
+    w = weights
+    y = ops.moe_ffn(x, weight_of_pair, indices, w.w13, w.w2, w.shared_w13, w.shared_w2, swiglu_limit)
+    return y.view(X.shape)
+
+
+def moe_forward_unfused(
+    X: Tensor,
+    weights: MoEWeights,
+    *,
+    topk: int,
+    capacity: float | None = None,
+    ep_group_size: int = 1,
+    scoring: Scoring = "softmax",
+    renormalize: bool = True,
+    renormalize_after_drop: bool = False,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    swiglu_limit: float | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    activation_format: str | None = None,
+) -> Tensor:
+    """Mixture of experts operator by operator: gate, permute, grouped product, swiglu, grouped product, combine.
+
+    What it computes, its arguments and its errors are those of :func:`moe_megakernel_fwd`. On CPU in float32 and
+    float64 the results are the same bits; in float16 and bfloat16 this one rounds after every operator.
+    """
+    x, weight_of_pair, indices = _route(
+        "moe_forward_unfused",
+        X,
+        weights,
+        topk,
+        capacity,
+        ep_group_size,
+        scoring,
+        renormalize,
+        renormalize_after_drop,
+        routed_scaling_factor,
+        n_group,
+        topk_group,
+        token_ids,
+        tid2eid,
+        activation_format,
+    )
+    rows, expert_offsets, row_of_slot, _ = ops.moe_permute(x, indices, weights.w13.shape[0])
+
+    def experts(rows: Tensor, expert_offsets: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+        activation = ops.swiglu(ops.grouped_gemm(rows, w13, expert_offsets), swiglu_limit)
+        return ops.grouped_gemm(activation, w2, expert_offsets)
+
+    shared = None
+    if weights.shared_w13 is not None and weights.shared_w2 is not None:
+        every_token = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+        shared = experts(x, every_token, weights.shared_w13[None], weights.shared_w2[None])
+    rows = experts(rows, expert_offsets, weights.w13, weights.w2)
+    return ops.moe_combine(rows, row_of_slot, weight_of_pair, shared).view(X.shape)
+
+
+def _route(
+    name: str,
+    X: Tensor,
+    weights: MoEWeights,
+    topk: int,
+    capacity: float | None,
+    ep_group_size: int,
+    scoring: Scoring,
+    renormalize: bool,
+    renormalize_after_drop: bool,
+    routed_scaling_factor: float,
+    n_group: int,
+    topk_group: int,
+    token_ids: Tensor | None,
+    tid2eid: Tensor | None,
+    activation_format: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks everything, then gates: X as [tokens, hidden], the pairs' weights and their experts."""
+    if ep_group_size != 1:
+        raise NotImplementedError(
+            f"{name}: ep_group_size must be 1 (one process holds all experts), got {ep_group_size}"
+        )
+    if activation_format is not None:
+        raise NotImplementedError(f"{name}: activation_format must be None, got {activation_format!r}")
+    _check_weights(name, X, weights)
+    experts, hidden = weights.gate.shape
+    x = X.reshape(math.prod(X.shape[:-1]), hidden)
+    tokens = x.shape[0]
+    if not 1 <= topk <= experts:
+        raise ValueError(f"{name}: topk must be from 1 to the number of experts, {experts}, got {topk}")
+    capacity_rows = None
+    if capacity is not None:
+        if not 0 < capacity < math.inf:
+            raise ValueError(f"{name}: capacity must be a finite factor above 0 or None, got {capacity}")
+        capacity_rows = min(tokens, math.ceil(tokens * topk / experts * capacity))
+    if (token_ids is None) != (tid2eid is None):
+        missing = "token_ids" if token_ids is None else "tid2eid"
+        raise ValueError(f"{name}: token_ids and tid2eid must be given together, got no {missing}")
+    if token_ids is not None:
+        if token_ids.numel() != tokens:
+            raise ValueError(f"{name}: token_ids must have one id for each of {tokens} tokens, got {token_ids.numel()}")
+        token_ids = token_ids.reshape(-1).long()
+    wide = accumulator_dtype(X)
+    weight_of_pair, indices = ops.moe_gate(
+        x.to(wide) @ weights.gate.to(wide).T,
+        topk,
+        bias=weights.gate_bias,
+        scoring=scoring,
+        renormalize=renormalize,
+        renormalize_after_drop=renormalize_after_drop,
+        routed_scaling_factor=routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+        capacity_rows=capacity_rows,
+        token_ids=token_ids,
+        tid2eid=tid2eid if tid2eid is None else tid2eid.contiguous(),
+    )
+    return x, weight_of_pair, indices
+
+
+def _check_weights(name: str, X: Tensor, weights: MoEWeights) -> None:
+    """The layer's own shapes; messages of the operators below would speak of tensors the caller never made."""
+
+    def check(argument: str, tensor: Tensor, dimensions: str, *shape: int | None, dtype: torch.dtype | None) -> None:
+        if not isinstance(tensor, Tensor):
+            raise NotImplementedError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
+        fits = len(tensor.shape) == len(shape) and all(
+            want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        if fits and right_type and tensor.device == X.device:
+            return
+        expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        kind = "floating point" if dtype is None else str(dtype).removeprefix("torch.")
+        got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        raise ValueError(f"{name}: {argument} must be {dimensions} = [{expected}] {kind} on {X.device}, got {got}")
+
+    if X.dim() not in (2, 3) or not X.is_floating_point():
+        got = f"{list(X.shape)} {str(X.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{name}: X must be [B, T, hidden] or [tokens, hidden] and floating point, got {got}")
+    hidden = X.shape[-1]
+    check("gate", weights.gate, "[experts, hidden]", None, hidden, dtype=None)
+    experts = weights.gate.shape[0]
+    if weights.gate_bias is not None:
+        check("gate_bias", weights.gate_bias, "[experts]", experts, dtype=torch.float32)
+
+    def check_pair(w13: Tensor, w2: Tensor, prefix: str, leading: tuple[int, ...]) -> None:
+        axes = "experts, " if leading else ""
+        size = f"{prefix}intermediate"
+        check(f"{prefix}w13", w13, f"[{axes}2 * {size}, hidden]", *leading, None, hidden, dtype=X.dtype)
+        rows = w13.shape[-2]
+        if rows % 2:
+            raise ValueError(f"{name}: {prefix}w13 must have an even number of rows, 2 * {size}, got {rows}")
+        check(f"{prefix}w2", w2, f"[{axes}hidden, {size}]", *leading, hidden, rows // 2, dtype=X.dtype)
+
+    check_pair(weights.w13, weights.w2, "", (experts,))
+    if weights.shared_w13 is not None and weights.shared_w2 is not None:
+        check_pair(weights.shared_w13, weights.shared_w2, "shared_", ())
+    elif weights.shared_w13 is not None or weights.shared_w2 is not None:
+        missing = "shared_w13" if weights.shared_w13 is None else "shared_w2"
+        raise ValueError(f"{name}: shared_w13 and shared_w2 must be given together, got no {missing}")
+
+
+__all__ = ["MoEWeights", "moe_forward_unfused", "moe_megakernel_fwd"]

@@ -1,0 +1,56 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "dsm/launch.h"
+
+namespace dsm::cuda {
+
+/// Throws what the CUDA runtime reports. Requests are checked before, so this means a broken device or no code for it.
+inline void check(cudaError_t status, const char* operation) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(operation) + ": CUDA reports " + cudaGetErrorName(status) + ", " +
+                           cudaGetErrorString(status));
+}
+
+/// Puts a kernel on the call's stream. A refused launch throws; errors inside the kernel appear at the caller's next
+/// synchronisation, as nothing here waits.
+template <class... Parameters, class... Arguments>
+void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            const Launch& on, Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(on.stream);
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), operation);
+}
+
+/// Multiprocessors of the current device.
+inline int multiprocessors(const char* operation) {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), operation);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), operation);
+  return count;
+}
+
+/// Blocks of a kernel that run at the same time on the whole device: the grid of a kernel that loops over its work.
+template <class... Parameters>
+int resident_blocks(const char* operation, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes) {
+  int per_multiprocessor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes), operation);
+  return per_multiprocessor * multiprocessors(operation);
+}
+
+template <class Integer>
+constexpr Integer ceil_div(Integer a, Integer b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace dsm::cuda

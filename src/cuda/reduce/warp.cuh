@@ -1,0 +1,54 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace dsm::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// All lanes of the warp must call these; the result is the same bits in every lane that shares in it.
+
+/// Sum over groups of `lanes` neighbouring lanes, a power of two up to 32.
+template <class T>
+__device__ __forceinline__ T lane_group_sum(T value, int lanes = kWarpSize) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+/// Largest value of the warp. NaN does not count.
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+    value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
+}
+
+/// An unsigned key in the order of floating-point values, never 0; -0 comes before +0 (add 0 first where they must be
+/// equal), NaN first or last by its sign.
+__device__ __forceinline__ std::uint32_t ordered_key(float x) {
+  const std::uint32_t bits = __float_as_uint(x);
+  return max(bits >> 31 ? ~bits : bits | 0x80000000u, 1u);
+}
+__device__ __forceinline__ std::uint64_t ordered_key(double x) {
+  const auto bits = static_cast<std::uint64_t>(__double_as_longlong(x));
+  return max(bits >> 63 ? ~bits : bits | 1ull << 63, 1ull);
+}
+
+__device__ __forceinline__ std::uint32_t warp_max_key(std::uint32_t key) { return __reduce_max_sync(kAllLanes, key); }
+__device__ __forceinline__ std::uint64_t warp_max_key(std::uint64_t key) {
+  const auto high = static_cast<std::uint32_t>(key >> 32), low = static_cast<std::uint32_t>(key);
+  const std::uint32_t max_high = __reduce_max_sync(kAllLanes, high);
+  const std::uint32_t max_low = __reduce_max_sync(kAllLanes, high == max_high ? low : 0u);
+  return static_cast<std::uint64_t>(max_high) << 32 | max_low;
+}
+
+/// The smallest index among the lanes that hold the largest key.
+template <class Key>
+__device__ __forceinline__ std::uint32_t warp_argmax(Key key, std::uint32_t index) {
+  return __reduce_min_sync(kAllLanes, key == warp_max_key(key) ? index : 0xffffffffu);
+}
+
+}  // namespace dsm::cuda

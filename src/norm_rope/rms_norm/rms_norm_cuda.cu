@@ -1,0 +1,280 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+// Bound by memory. A row is handled by as many threads as hold it in registers, so that it is read once; what does not
+// fit is read again, from the L2 cache. The backward kernel's blocks stay for many rows: a thread always sees the same
+// columns and sums their dweight in registers; a second kernel adds up the blocks' sums in a fixed order.
+#include <algorithm>
+
+#include "src/cpu/visit_dtype.h"
+#include "src/cuda/copy/pack.cuh"
+#include "src/cuda/launch/launch.h"
+#include "src/cuda/reduce/row_sum.cuh"
+#include "src/norm_rope/rms_norm/rms_norm.h"
+
+namespace dsm {
+namespace {
+
+using cuda::Pack;
+
+constexpr int kHeld = 2;               // packs of a row that a thread holds in registers
+constexpr int kShortRowThreads = 256;  // of a block that handles several rows
+constexpr int kMaxThreads = 1024;
+
+/// The rows of a matrix whose last dimension is contiguous.
+template <class T>
+struct Rows {
+  T* data;
+  std::int64_t stride;
+
+  explicit Rows(const TensorView& view) : data(view.as<T>()), stride(view.stride[0]) {}
+  __device__ T* operator[](std::int64_t row) const { return data + row * stride; }
+};
+
+/// The weight in x's dtype or in the wide one, or absent.
+template <class T>
+struct Weight {
+  const T* same = nullptr;
+  const Compute<T>* wide = nullptr;
+
+  explicit Weight(const TensorView& view) {
+    if (view && element_size(view.dtype) == sizeof(T)) same = view.as<const T>();
+    if (view && element_size(view.dtype) != sizeof(T)) wide = view.as<const Compute<T>>();
+  }
+
+  template <int W>
+  __device__ void load(int column, Compute<T> (&to)[W]) const {
+    if (same) return cuda::load_widened(same + column, to);
+    if (wide) return cuda::load_widened(wide + column, to);
+#pragma unroll
+    for (Compute<T>& w : to) w = 1;
+  }
+};
+
+/// How a matrix is laid over blocks: block.x threads along a row, block.y rows.
+struct RowLayout {
+  dim3 block;
+  std::int64_t row_groups;  ///< of block.y rows
+  bool held;                ///< a row fits into kHeld packs per thread
+
+  RowLayout(std::int64_t rows, std::int64_t hidden, int pack) {
+    const std::int64_t wanted = cuda::ceil_div<std::int64_t>(hidden, std::int64_t{pack} * kHeld);
+    unsigned threads = 1;
+    while (threads < wanted && threads < cuda::kWarpSize) threads *= 2;
+    while (threads < wanted && threads < kMaxThreads) threads += cuda::kWarpSize;
+    block = dim3(threads, threads > cuda::kWarpSize ? 1 : kShortRowThreads / threads);
+    row_groups = cuda::ceil_div<std::int64_t>(rows, block.y);
+    held = wanted <= threads;
+  }
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_cuda_kernel(Rows<const T> x, Weight<T> weight, Rows<T> y, Compute<T>* rstds, std::int64_t rows, int hidden,
+                         Compute<T> eps) {
+  using A = Compute<T>;
+  __shared__ typename cuda::RowSum<A>::Storage storage;
+  cuda::RowSum<A> row_sum(storage);
+  const std::int64_t row = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const int first = threadIdx.x * W, step = blockDim.x * W;
+  const int end = row < rows ? hidden : 0;  // threads without a row still take part in the sum
+
+  Pack<T, W> held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (first + i * step < end) held[i] = cuda::load_pack<W>(x[row] + first + i * step);
+
+  A squares = 0;
+  const auto add_squares = [&](const Pack<T, W>& pack) {
+#pragma unroll
+    for (const T& element : pack.at) squares += cuda::widened(element) * cuda::widened(element);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (first + i * step < end) add_squares(held[i]);
+  for (int column = first + kHeld * step; column < end; column += step)
+    add_squares(cuda::load_pack<W>(x[row] + column));
+  const A rstd = 1 / sqrt(row_sum(squares) / hidden + eps);
+
+  const auto normalise = [&](const Pack<T, W>& pack, int column) {
+    A w[W];
+    weight.load(column, w);
+#pragma unroll
+    for (int j = 0; j < W; ++j) w[j] = cuda::widened(pack.at[j]) * rstd * w[j];
+    cuda::store_narrowed(y[row] + column, w);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (first + i * step < end) normalise(held[i], first + i * step);
+  for (int column = first + kHeld * step; column < end; column += step)
+    normalise(cuda::load_pack<W>(x[row] + column), column);
+  if (threadIdx.x == 0 && row < rows) rstds[row] = rstd;
+}
+
+/// dx, and in `partials` [gridDim.x, hidden] each block's sum of dweight over its rows when partials is given; the row
+/// must fit into the held packs then.
+template <class T, int W>
+__global__ void __launch_bounds__(kMaxThreads)
+    rms_norm_backward_cuda_kernel(Rows<const T> dy, Rows<const T> x, Weight<T> weight, const Compute<T>* rstds,
+                                  Rows<T> dx, Compute<T>* partials, std::int64_t rows, int hidden) {
+  using A = Compute<T>;
+  __shared__ typename cuda::RowSum<A>::Storage storage;
+  cuda::RowSum<A> row_sum(storage);
+  const int first = threadIdx.x * W, step = blockDim.x * W;
+  A dweight[kHeld][W] = {};
+
+  const std::int64_t groups = (rows + blockDim.y - 1) / blockDim.y;
+  for (std::int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
+    const std::int64_t row = group * blockDim.y + threadIdx.y;
+    const int end = row < rows ? hidden : 0;
+    Pack<T, W> held_dy[kHeld], held_x[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int column = first + i * step;
+      if (column >= end) continue;
+      held_dy[i] = cuda::load_pack<W>(dy[row] + column);
+      held_x[i] = cuda::load_pack<W>(x[row] + column);
+    }
+    const A rstd = row < rows ? rstds[row] : A(0);
+
+    A dot = 0;
+    const auto add_dot = [&](const Pack<T, W>& d, const Pack<T, W>& v, int column) {
+      A w[W];
+      weight.load(column, w);
+#pragma unroll
+      for (int j = 0; j < W; ++j) dot += cuda::widened(d.at[j]) * w[j] * cuda::widened(v.at[j]);
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (first + i * step < end) add_dot(held_dy[i], held_x[i], first + i * step);
+    for (int column = first + kHeld * step; column < end; column += step)
+      add_dot(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), column);
+    const A pull = row_sum(dot) / hidden * rstd * rstd;
+
+    const auto store_dx = [&](const Pack<T, W>& d, const Pack<T, W>& v, int column) {
+      A w[W];
+      weight.load(column, w);
+#pragma unroll
+      for (int j = 0; j < W; ++j) w[j] = rstd * (cuda::widened(d.at[j]) * w[j] - cuda::widened(v.at[j]) * pull);
+      cuda::store_narrowed(dx[row] + column, w);
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * step >= end) continue;
+      store_dx(held_dy[i], held_x[i], first + i * step);
+#pragma unroll
+      for (int j = 0; j < W; ++j)
+        dweight[i][j] += cuda::widened(held_dy[i].at[j]) * (cuda::widened(held_x[i].at[j]) * rstd);
+    }
+    for (int column = first + kHeld * step; column < end; column += step)
+      store_dx(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), column);
+  }
+  if (!partials) return;
+
+  // [blockDim.y, columns that the block's threads hold]
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  A* sums = reinterpret_cast<A*>(shared_bytes);
+  const int columns = step * kHeld;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+#pragma unroll
+    for (int j = 0; j < W; ++j) sums[threadIdx.y * columns + first + i * step + j] = dweight[i][j];
+  __syncthreads();
+  for (int column = threadIdx.y * blockDim.x + threadIdx.x; column < hidden; column += blockDim.x * blockDim.y) {
+    A sum = 0;
+    for (int y = 0; y < blockDim.y; ++y) sum += sums[y * columns + column];
+    partials[std::int64_t{blockIdx.x} * hidden + column] = sum;
+  }
+}
+
+/// The partial sums for rows that the kernel above cannot hold: a thread per column, gridDim.y runs of rows.
+template <class T>
+__global__ void rms_norm_dweight_cuda_kernel(Rows<const T> dy, Rows<const T> x, const Compute<T>* rstds,
+                                             Compute<T>* partials, std::int64_t rows, int hidden) {
+  const int column = blockIdx.x * blockDim.x + threadIdx.x;
+  if (column >= hidden) return;
+  const std::int64_t run = (rows + gridDim.y - 1) / gridDim.y;
+  const std::int64_t begin = blockIdx.y * run, end = min(begin + run, rows);
+  Compute<T> sum = 0;
+  for (std::int64_t row = begin; row < end; ++row)
+    sum += cuda::widened(dy[row][column]) * (cuda::widened(x[row][column]) * rstds[row]);
+  partials[std::int64_t{blockIdx.y} * hidden + column] = sum;
+}
+
+/// dweight from `count` partial sums, added in float64: 32 columns a block, 32 threads a column.
+template <class A, class W>
+__global__ void rms_norm_dweight_sum_cuda_kernel(const A* partials, int count, int hidden, W* dweight) {
+  __shared__ double sums[cuda::kWarpSize][cuda::kWarpSize + 1];
+  const int column = blockIdx.x * cuda::kWarpSize + threadIdx.x;
+  double sum = 0;
+  if (column < hidden)
+    for (int i = threadIdx.y; i < count; i += cuda::kWarpSize) sum += partials[std::int64_t{i} * hidden + column];
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  const double total = cuda::lane_group_sum(sums[threadIdx.x][threadIdx.y]);
+  const int summed = blockIdx.x * cuda::kWarpSize + threadIdx.y;
+  if (threadIdx.x == 0 && summed < hidden) dweight[summed] = cuda::narrowed<W>(static_cast<A>(total));
+}
+
+template <class T, int W>
+void forward(const RmsNormArgs& a, const Launch& launch) {
+  const std::int64_t rows = a.x.size(0);
+  const RowLayout layout(rows, a.x.size(1), W);
+  cuda::launch("rms_norm", rms_norm_cuda_kernel<T, W>, dim3(layout.row_groups), layout.block, 0, launch,
+               Rows<const T>(a.x), Weight<T>(a.weight), Rows<T>(a.y), a.rstd.as<Compute<T>>(), rows,
+               static_cast<int>(a.x.size(1)), static_cast<Compute<T>>(a.eps));
+}
+
+/// Makes dx and, when asked for, partial sums of dweight; returns how many.
+template <class T, int W>
+int backward_rows(const RmsNormBackwardArgs& a, const Launch& launch) {
+  using A = Compute<T>;
+  const char* name = "rms_norm_backward";
+  const std::int64_t rows = a.x.size(0);
+  const int hidden = static_cast<int>(a.x.size(1));
+  if (rows == 0 || hidden == 0) return 0;
+  const RowLayout layout(rows, hidden, W);
+  const int threads = layout.block.x * layout.block.y;
+  const bool sums_held = a.dweight && layout.held;
+  const std::size_t shared = sums_held ? std::size_t{sizeof(A)} * W * kHeld * threads : 0;
+  const int resident = cuda::resident_blocks(name, rms_norm_backward_cuda_kernel<T, W>, threads, shared);
+  const int blocks = static_cast<int>(std::min<std::int64_t>({layout.row_groups, resident, kDweightPartials}));
+  A* partials = static_cast<A*>(launch.workspace);
+  cuda::launch(name, rms_norm_backward_cuda_kernel<T, W>, dim3(blocks), layout.block, shared, launch,
+               Rows<const T>(a.dy), Rows<const T>(a.x), Weight<T>(a.weight), a.rstd.as<const A>(), Rows<T>(a.dx),
+               sums_held ? partials : nullptr, rows, hidden);
+  if (!a.dweight || layout.held) return blocks;
+  const int runs = static_cast<int>(std::min(rows, kDweightPartials));
+  cuda::launch(name, rms_norm_dweight_cuda_kernel<T>, dim3(cuda::ceil_div(hidden, kShortRowThreads), runs),
+               dim3(kShortRowThreads), 0, launch, Rows<const T>(a.dy), Rows<const T>(a.x), a.rstd.as<const A>(),
+               partials, rows, hidden);
+  return runs;
+}
+
+template <class T>
+void backward(const RmsNormBackwardArgs& a, const Launch& launch) {
+  using A = Compute<T>;
+  const bool packs = cuda::packable({a.dy, a.x, a.weight, a.dx}) && a.x.size(1) % cuda::kPackSize<T> == 0;
+  const int partials = packs ? backward_rows<T, cuda::kPackSize<T>>(a, launch) : backward_rows<T, 1>(a, launch);
+  const int hidden = static_cast<int>(a.x.size(1));
+  if (!a.dweight || hidden == 0) return;
+  const auto sum_up = [&]<class W>(W* dweight) {
+    cuda::launch("rms_norm_backward", rms_norm_dweight_sum_cuda_kernel<A, W>,
+                 dim3(cuda::ceil_div(hidden, cuda::kWarpSize)), dim3(cuda::kWarpSize, cuda::kWarpSize), 0, launch,
+                 static_cast<const A*>(launch.workspace), partials, hidden, dweight);
+  };
+  a.dweight.dtype == a.x.dtype ? sum_up(a.dweight.as<T>()) : sum_up(a.dweight.as<A>());
+}
+
+}  // namespace
+
+void rms_norm_cuda(const RmsNormArgs& args, const Launch& launch) {
+  cpu::visit_floating(args.x.dtype, [&]<class T>() {
+    const bool packs = cuda::packable({args.x, args.weight, args.y}) && args.x.size(1) % cuda::kPackSize<T> == 0;
+    packs ? forward<T, cuda::kPackSize<T>>(args, launch) : forward<T, 1>(args, launch);
+  });
+}
+
+void rms_norm_backward_cuda(const RmsNormBackwardArgs& args, const Launch& launch) {
+  cpu::visit_floating(args.x.dtype, [&]<class T>() { backward<T>(args, launch); });
+}
+
+}  // namespace dsm
