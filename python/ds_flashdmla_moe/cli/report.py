@@ -11,26 +11,17 @@ from html import escape
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..config import LanguageModelConfig, TrainSettings
 from .charts import Line, heatmap, line_chart
 
-__all__ = ["DemoResult", "OperatorRow", "write_report"]
+if TYPE_CHECKING:
+    from ..doctor import OperatorReport
+
+__all__ = ["DemoResult", "read_metrics", "write_report"]
 
 Table = Sequence[Sequence[str]]
-
-
-class OperatorRow(Protocol):
-    """What the report shows of an entry of ``ds_flashdmla_moe.doctor.run()``; the error is relative to float64."""
-
-    operator: str
-    implementation: str
-    dtype: str
-    max_error: float
-    tolerance: float
-    time_ms: float
-    ok: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class DemoResult:
     prompt: str
     sample_before: str
     sample_after: str
-    operators: Sequence[OperatorRow]
+    operators: Sequence[OperatorReport]
     versions: Mapping[str, str]
 
 
