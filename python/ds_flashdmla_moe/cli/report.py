@@ -19,7 +19,7 @@ from .charts import Line, heatmap, line_chart
 if TYPE_CHECKING:
     from ..doctor import OperatorReport
 
-__all__ = ["DemoResult", "write_report"]
+__all__ = ["DemoResult", "read_metrics", "write_report"]
 
 Table = Sequence[Sequence[str]]
 
