@@ -12,7 +12,7 @@ namespace {
 
 // Tiles of scores, in elements: one (two in the backward pass) stays in a 512 KiB L2 cache next to its operands.
 constexpr std::int64_t kTileElements = 32768, kMaxTileKeys = 4096;
-constexpr std::int64_t kBackwardQueries = 64, kBackwardKeys = 128;
+constexpr std::int64_t kBackwardQueries = 64, kBackwardKeys = 64;
 
 template <class A>
 constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();

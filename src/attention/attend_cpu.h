@@ -31,7 +31,7 @@ struct Head {
 };
 
 /// Queries for one attend() call: enough to reuse the keys that it reads, few enough for its tiles to stay in cache.
-inline constexpr std::int64_t kQueryBlock = 128;
+inline constexpr std::int64_t kQueryBlock = 64;
 
 /// Outputs and log-sum-exps of queries [begin, end): out [end - begin, d_v] without gaps, lse [end - begin].
 template <class A>

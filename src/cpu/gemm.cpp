@@ -18,7 +18,6 @@ using Index = std::int64_t;
 // cache of 512 KiB; B's block (kDepth x kColumns) is read again for each block of A. kDepth is part of the result
 // (gemm.h), the others are not.
 constexpr Index kDepth = 256, kRows = 96, kColumns = 1024;
-constexpr Index kFewRows = 24;
 
 /// Scratch memory of a thread that is kept from call to call and only grows.
 class Scratch {
@@ -70,14 +69,13 @@ Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.dtype, mat
 /// and avoids cache sets that large strides overfill.
 template <class Acc>
 bool read_in_place(const Matrix& b, Index m, Index k) {
-  constexpr Index small = 32 * 1024 / sizeof(Acc);
-  return b.dtype == kDType<Acc> && b.col_stride == 1 && !b.rows && (m <= kFewRows || k * b.row_stride <= small);
+  constexpr Index some_rows = 24, small = 32 * 1024 / sizeof(Acc);
+  return b.dtype == kDType<Acc> && b.col_stride == 1 && !b.rows && (m <= some_rows || k * b.row_stride <= small);
 }
 
-/// Sets the operand A of a product to rows [0, m), columns [0, k) of `a`, copied if it must be converted or if it pays.
+/// Sets the operand A of a product to the first m rows and k columns of `a`, where they are or copied and converted.
 template <class Acc>
-void set_a(StripProduct<Acc>& product, const Matrix& a, Index m, Index k, bool copy) {
-  const Kernels<Acc>& kernel = kernels<Acc>();
+void set_a(StripProduct<Acc>& product, const Matrix& a, bool copy) {
   if (!copy) {
     product.a = static_cast<const Acc*>(a.data);
     product.a_row_stride = a.row_stride;
@@ -85,13 +83,15 @@ void set_a(StripProduct<Acc>& product, const Matrix& a, Index m, Index k, bool c
     product.a_rows = a.rows;
     return;
   }
-  const bool by_columns = a.row_stride == 1 && a.col_stride != 1 && !a.rows;
-  const Index ld = round_up(by_columns ? m : k, kernel.lanes);
+  const Kernels<Acc>& kernel = kernels<Acc>();
+  // Copied in the order of memory, except for few rows, whose kernel wants adjacent columns.
+  const bool by_columns = a.row_stride == 1 && a.col_stride != 1 && !a.rows && product.m > kFewRows;
+  const Index ld = round_up(by_columns ? product.m : product.k, kernel.lanes);
   Acc* copied = scratch_a.reserve<Acc>(kRows * kDepth);
   if (by_columns) {
-    kernel.widen(transposed(a), k, m, copied, ld);
+    kernel.widen(transposed(a), product.k, product.m, copied, ld);
   } else {
-    kernel.widen(a, m, k, copied, ld);
+    kernel.widen(a, product.m, product.k, copied, ld);
   }
   product.a = copied;
   product.a_row_stride = by_columns ? 1 : ld;
@@ -104,6 +104,18 @@ template <class Acc>
 void multiply_block(Index m, Index n, Index k, Acc alpha, const Matrix& a, const Matrix& b, bool accumulate, Acc* c,
                     Index ldc) {
   const Kernels<Acc>& kernel = kernels<Acc>();
+  StripProduct<Acc> product{};
+  product.m = m;
+  product.n = n;
+  product.k = k;
+  product.alpha = alpha;
+  product.accumulate = accumulate;
+  product.c = c;
+  product.ldc = ldc;
+  if (m <= kFewRows && (b.row_stride == 1 || b.col_stride == 1) && !b.rows) {
+    set_a(product, a, a.dtype != kDType<Acc> || a.col_stride != 1 || a.rows);
+    return kernel.multiply_few(product, b);
+  }
   const Index strip = kernel.strip_columns;
   const bool copy_a = a.dtype != kDType<Acc> || n > 4 * strip;
   const bool in_place = read_in_place<Acc>(b, m, k);
@@ -111,13 +123,8 @@ void multiply_block(Index m, Index n, Index k, Acc alpha, const Matrix& a, const
   const Index packed_strips = m > kRows ? (n + strip - 1) / strip : 1;
   Acc* packed = scratch_b.reserve<Acc>(packed_strips * kDepth * strip);
   for (Index i = 0; i < m; i += kRows) {
-    StripProduct<Acc> product{};
     product.m = std::min(kRows, m - i);
-    product.k = k;
-    product.alpha = alpha;
-    product.accumulate = accumulate;
-    product.ldc = ldc;
-    set_a(product, from(a, i, 0), product.m, k, copy_a);
+    set_a(product, from(a, i, 0), copy_a);
     for (Index j = 0; j < n; j += strip) {
       product.n = std::min(strip, n - j);
       product.c = c + i * ldc + j;
@@ -145,11 +152,9 @@ void gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const Matrix& b
       for (Index i = 0; i < m; ++i) std::fill_n(c + i * ldc, n, Acc(0));
     return;
   }
-  // For few rows the operand to stream through is B: strip by strip, each over the whole depth.
-  const Index columns = m <= kFewRows ? kernels<Acc>().strip_columns : kColumns;
-  for (Index j = 0; j < n; j += columns)
+  for (Index j = 0; j < n; j += kColumns)
     for (Index p = 0; p < k; p += kDepth)
-      multiply_block(m, std::min(columns, n - j), std::min(kDepth, k - p), alpha, from(a, 0, p), from(b, p, j),
+      multiply_block(m, std::min(kColumns, n - j), std::min(kDepth, k - p), alpha, from(a, 0, p), from(b, p, j),
                      beta != 0 || p > 0, c + j, ldc);
 }
 

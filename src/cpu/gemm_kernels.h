@@ -18,6 +18,21 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
+/// C(i, j) and the elements after it, `count` in all, become (C +) alpha * sum.
+template <class T, class V>
+inline void update(const StripProduct<T>& p, Index i, Index j, const V& sum, Index count) {
+  constexpr int n = sizeof(V) / sizeof(T);
+  T* c = p.c + i * p.ldc + j;
+  const auto result = [&p, &sum](const T* old) {
+    return p.accumulate ? load_bytes<V>(old) + p.alpha * sum : p.alpha * sum;
+  };
+  if (count >= n) return store(c, result(c));
+  T part[n] = {};
+  for (Index l = 0; p.accumulate && l < n && l < count; ++l) part[l] = c[l];
+  store(part, result(part));
+  for (Index l = 0; l < n && l < count; ++l) c[l] = part[l];
+}
+
 /// R rows, V vectors of C; the last vector counts `last` <= lanes columns.
 template <class T, int R, int V>
 void multiply_tile(const StripProduct<T>& p, Index i, int last) {
@@ -29,9 +44,6 @@ void multiply_tile(const StripProduct<T>& p, Index i, int last) {
   Vector<T> sum[R][V] = {};
   for (Index q = 0; q < p.k; ++q, b += p.b_row_stride) {
     Vector<T> b_row[V];
-    if constexpr (R <= 2)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) __builtin_prefetch(b + 8 * p.b_row_stride + v * lanes);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) b_row[v] = load<T>(b + v * lanes);
 #pragma GCC unroll 8
@@ -42,24 +54,10 @@ void multiply_tile(const StripProduct<T>& p, Index i, int last) {
       for (int v = 0; v < V; ++v) sum[r][v] += a_element * b_row[v];
     }
   }
-  const auto update = [&p](Vector<T> product, const T* c) {
-    return p.accumulate ? load<T>(c) + p.alpha * product : p.alpha * product;
-  };
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    T* c = p.c + (i + r) * p.ldc;
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V - 1; ++v) store(c + v * lanes, update(sum[r][v], c + v * lanes));
-    c += (V - 1) * lanes;
-    if (last == lanes) {
-      store(c, update(sum[r][V - 1], c));
-    } else {
-      T part[lanes] = {};
-      for (int j = 0; j < last; ++j) part[j] = p.accumulate ? c[j] : T(0);
-      store(part, update(sum[r][V - 1], part));
-      for (int j = 0; j < last; ++j) c[j] = part[j];
-    }
-  }
+    for (int v = 0; v < V; ++v) update(p, i + r, v * lanes, sum[r][v], v < V - 1 ? lanes : last);
 }
 
 template <class T, int V>
@@ -103,7 +101,16 @@ void widen_rows(const T* source, const Matrix& matrix, Index rows, Index cols, A
   }
 }
 
-/// One block of widen_columns: `rows` and `cols` are what exists of it.
+/// load_transposed() of a block of which only `cols` memory rows of `rows` elements exist; the rest is zero.
+template <class Acc, class T>
+void load_edge_transposed(const T* source, Index stride, Index rows, Index cols, Vector<Acc, kSide<Acc>>* block) {
+  constexpr int side = kSide<Acc>;
+  T edge[side][side] = {};
+  for (Index j = 0; j < side && j < cols; ++j)
+    for (Index i = 0; i < side && i < rows; ++i) edge[j][i] = source[j * stride + i];
+  load_transposed<Acc>(edge[0], side, block);
+}
+
 template <class T, class Acc>
 inline void widen_transposed(const T* source, Index stride, Index rows, Index cols, Acc* out, Index ld) {
   constexpr int side = kSide<Acc>;
@@ -113,10 +120,7 @@ inline void widen_transposed(const T* source, Index stride, Index rows, Index co
 #pragma GCC unroll 8
     for (int l = 0; l < side; ++l) store(out + l * ld, block[l]);
   } else {
-    T edge[side][side] = {};
-    for (Index j = 0; j < side && j < cols; ++j)
-      for (Index i = 0; i < side && i < rows; ++i) edge[j][i] = source[j * stride + i];
-    load_transposed<Acc>(edge[0], side, block);
+    load_edge_transposed<Acc>(source, stride, rows, cols, block);
     for (Index i = 0; i < side && i < rows; ++i) store(out + i * ld, block[i]);
   }
 }
@@ -150,6 +154,111 @@ void widen(const Matrix& matrix, Index rows, Index cols, Acc* out, Index ld) {
     case DType::float16: return widen_matrix<Float16>(matrix, rows, cols, out, ld);
     case DType::bfloat16: return widen_matrix<BFloat16>(matrix, rows, cols, out, ld);
     default: __builtin_trap();  // gemm and convert have refused it
+  }
+}
+
+// Products with so few rows of A that B is best read once, where and as it is.
+
+/// B's rows are along memory: every row is added to sums of a wide strip, so that memory is read in long runs.
+template <class Acc, int R, class T>
+void multiply_few_by_rows(const StripProduct<Acc>& p, const T* b, Index stride) {
+  constexpr Index lanes = kLanes<Acc>, width = 4096 / sizeof(Acc), together = 8;
+  for (Index start = 0; start < p.n; start += width) {
+    const Index columns = p.n - start < width ? p.n - start : width;
+    Acc sums[R][width] = {};
+    for (Index q = 0; q < p.k; q += together) {
+      const Index depth = p.k - q < together ? p.k - q : together;
+      for (Index j = 0; j < columns; j += lanes) {
+        const T* corner = b + q * stride + start + j;
+        Vector<Acc> sum[R];
+        for (int r = 0; r < R; ++r) sum[r] = load<Acc>(sums[r] + j);
+        const auto add = [&](Index l, const Vector<Acc>& b_row) {
+          for (int r = 0; r < R; ++r) sum[r] += p.a[r * p.a_row_stride + q + l] * b_row;
+        };
+        if (depth == together && j + lanes <= columns) {
+#pragma GCC unroll 8
+          for (Index l = 0; l < together; ++l) add(l, load<Acc>(corner + l * stride));
+        } else {
+          for (Index l = 0; l < depth; ++l) add(l, gather<Acc>(corner + l * stride, 1, columns - j));
+        }
+        for (int r = 0; r < R; ++r) store(sums[r] + j, sum[r]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (Index j = 0; j < columns; j += lanes) update(p, r, start + j, load<Acc>(sums[r] + j), columns - j);
+  }
+}
+
+/// B's columns are along memory: blocks of it are transposed in registers, several at a time to overlap their sums.
+template <class Acc, int R, class T>
+void multiply_few_by_columns(const StripProduct<Acc>& p, const T* b, Index stride) {
+  constexpr int side = kSide<Acc>, blocks = R <= 2 ? 2 : 1, line = 64 / sizeof(T);
+  using V = Vector<Acc, side>;
+  for (Index start = 0; start < p.n; start += blocks * side) {
+    V sum[R][blocks] = {};
+    const auto add = [&](int v, Index q, int l, const V& b_row) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r][v] += p.a[r * p.a_row_stride + q + l] * b_row;
+    };
+    Index q = 0;
+    if (start + blocks * side <= p.n) {
+      const Index whole = p.k / line * line;
+      for (; q < whole + (blocks - 1) * line; q += line)
+#pragma GCC unroll 4
+        for (int v = 0; v < blocks; ++v) {
+          const Index lagging = q - v * line;
+          if (lagging < 0 || lagging >= whole) continue;
+#pragma GCC unroll 4
+          for (int half = 0; half < line; half += side) {
+            V block[side];
+            load_transposed<Acc>(b + (start + v * side) * stride + lagging + half, stride, block);
+#pragma GCC unroll 8
+            for (int l = 0; l < side; ++l) add(v, lagging + half, l, block[l]);
+          }
+        }
+      q = whole;
+    }
+    for (; q < p.k; q += side)
+      for (int v = 0; v < blocks && start + v * side < p.n; ++v) {
+        const Index j = start + v * side;
+        V block[side];
+        load_edge_transposed<Acc>(b + j * stride + q, stride, p.k - q, p.n - j, block);
+        for (int l = 0; l < side && q + l < p.k; ++l) add(v, q, l, block[l]);
+      }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < blocks; ++v) update(p, r, start + v * side, sum[r][v], p.n - start - v * side);
+  }
+}
+
+template <class Acc, int R, class T>
+void multiply_few_rows(const StripProduct<Acc>& p, const Matrix& b) {
+  const T* data = static_cast<const T*>(b.data);
+  if (b.col_stride == 1) {
+    multiply_few_by_rows<Acc, R>(p, data, b.row_stride);
+  } else {
+    multiply_few_by_columns<Acc, R>(p, data, b.col_stride);
+  }
+}
+
+template <class Acc, int R>
+void multiply_few_rows(const StripProduct<Acc>& p, const Matrix& b) {
+  switch (b.dtype) {
+    case DType::float64: return multiply_few_rows<Acc, R, double>(p, b);
+    case DType::float32: return multiply_few_rows<Acc, R, float>(p, b);
+    case DType::float16: return multiply_few_rows<Acc, R, Float16>(p, b);
+    case DType::bfloat16: return multiply_few_rows<Acc, R, BFloat16>(p, b);
+    default: __builtin_trap();
+  }
+}
+
+template <class Acc>
+void multiply_few(const StripProduct<Acc>& p, const Matrix& b) {
+  static_assert(kFewRows == 4);
+  switch (p.m) {
+    case 1: return multiply_few_rows<Acc, 1>(p, b);
+    case 2: return multiply_few_rows<Acc, 2>(p, b);
+    case 3: return multiply_few_rows<Acc, 3>(p, b);
+    case 4: return multiply_few_rows<Acc, 4>(p, b);
   }
 }
 

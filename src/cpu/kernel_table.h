@@ -14,6 +14,7 @@ constexpr Kernels<T> kKernels = {
     .lanes = kLanes<T>,
     .strip_columns = kTileVectors * kLanes<T>,
     .multiply_strip = multiply_strip<T>,
+    .multiply_few = multiply_few<T>,
     .widen = widen<T>,
     .narrow = narrow_to<T>,
     .exp_scaled = exp_scaled_array<T>,

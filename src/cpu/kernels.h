@@ -9,7 +9,7 @@
 
 namespace dsm::cpu {
 
-/// C[m,n] (+)= alpha A[m,k] B[k,n] for a strip of at most `strip_columns` columns, k <= 256 or so.
+/// C[m,n] (+)= alpha A[m,k] B[k,n].
 template <class Acc>
 struct StripProduct {
   std::int64_t m, n, k;
@@ -24,13 +24,18 @@ struct StripProduct {
   std::int64_t ldc;
 };
 
+constexpr std::int64_t kFewRows = 4;
+
 /// Building blocks for float or double. What each does is said where its caller is declared: gemm.h, convert.h,
 /// vector_math.h.
 template <class T>
 struct Kernels {
   std::int64_t lanes;          ///< elements of a SIMD vector
   std::int64_t strip_columns;  ///< columns of B that stay in registers
+  /// n <= strip_columns.
   void (*multiply_strip)(const StripProduct<T>&);
+  /// m <= kFewRows, A's columns adjacent, and B as given, with row_stride or col_stride 1 and no `rows`.
+  void (*multiply_few)(const StripProduct<T>&, const Matrix& b);
 
   /// out[i * ld + j] = T(matrix(i, j)); columns are zero-filled up to a multiple of `lanes`, which ld must allow.
   void (*widen)(const Matrix&, std::int64_t rows, std::int64_t cols, T* out, std::int64_t ld);

@@ -26,7 +26,7 @@ def command(
     """Measure operators side by side with what else is installed: torch's own, SDPA, FlashAttention, FlashMLA.
 
     Times are medians of calls that take turns in one process. On a GPU they are the device's, with the L2 cache
-    overwritten before every call, and the host's time until the call returns stands beside them. Rates count the least
+    filled with other data before every call, and the host's time until the call returns stands beside them. Rates count the least
     bytes and operations the work needs. Exit status 1 says that a result is less exact than allowed.
     """
     import torch

@@ -94,9 +94,10 @@ def _facts(result: DemoResult) -> str:
     tokens = sum(record["bytes"] for record in steps)
     speed = tokens / max(sum(record["seconds"] for record in steps), 1e-9)
     trigram = result.baselines["Trigram"]
+    margin = 100 * (1 - result.bits_per_byte / trigram)
     facts = [
         (f"{result.bits_per_byte:.3f}", "bits per byte on validation text"),
-        (f"{100 * (1 - result.bits_per_byte / trigram):.0f} % below", f"the trigram model's {trigram:.3f}"),
+        (f"{abs(margin):.0f} % {'below' if margin > 0 else 'above'}", f"the trigram model's {trigram:.3f}"),
         (f"{result.seconds / 60:.1f} min", f"of training: {len(steps):,} steps, {tokens / 1e6:.2f} million bytes"),
         (f"{speed:,.0f}", "bytes per second, forward and backward"),
     ]
@@ -131,7 +132,7 @@ def _loss(result: DemoResult) -> str:
     last = raw[-1][0]
     smooth, value = [], raw[0][1]
     for step, bits in raw:
-        value += max(0.03, 1 / step) * (bits - value)
+        value += 0.06 * (bits - value)
         smooth.append((step, value))
     lines = [
         Line([(0.0, bits), (last, bits)], "baseline", f"{name} {bits:.2f}") for name, bits in result.baselines.items()
@@ -210,7 +211,8 @@ def _operators(result: DemoResult) -> str:
 
 def _settings(result: DemoResult) -> str:
     def table(values: Mapping[str, Any]) -> str:
-        return _table(["", ""], [[escape(name), escape(str(value))] for name, value in values.items()])
+        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+        return f'<table class="settings">{rows}</table>'
 
     def card(title: str, values: Mapping[str, Any]) -> str:
         return f"<figure><b>{title}</b>{table(values)}</figure>"

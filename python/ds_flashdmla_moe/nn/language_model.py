@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LanguageModelConfig
+from . import library
 from .attention import DMLAAttention, LatentCache
 from .moe import MoE
 from .norm import RMSNorm
-from .operators import OperatorSet, library
+from .operators import OperatorSet
 
 __all__ = ["LanguageModel", "LossParts"]
 
@@ -67,9 +68,8 @@ class LanguageModel(nn.Module):
     (default) or :mod:`ds_flashdmla_moe.reference`, torch's own operators behind the same names.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, ops: OperatorSet | None = None) -> None:
+    def __init__(self, config: LanguageModelConfig, *, ops: OperatorSet = library) -> None:
         super().__init__()
-        ops = ops or library()
         self.config = config
         self.embedding = nn.Embedding(VOCAB, config.hidden)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.layers))

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import LanguageModelConfig, TrainSettings, from_dict
-from ..nn.language_model import LanguageModel
+from ..nn import LanguageModel, OperatorSet, library
 from .checkpoint import Checkpoint, CheckpointError
 from .data import Corpus, training_batch
-
-if TYPE_CHECKING:
-    from ..nn.operators import OperatorSet
 
 __all__ = ["StepRecord", "Trainer", "bits_per_byte", "learning_rate", "model_from_checkpoint"]
 
@@ -68,7 +64,7 @@ class Trainer:
         settings: TrainSettings,
         corpus: Corpus,
         *,
-        ops: OperatorSet | None = None,
+        ops: OperatorSet = library,
     ) -> None:
         torch.manual_seed(settings.seed)
         self.config, self.settings, self.corpus = config, settings, corpus
