@@ -62,7 +62,7 @@ class LanguageModelConfig:
     scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"] = _setting("sigmoid", "Gate function.")
     capacity: float | None = _setting(None, "Capacity factor of an expert. Default: nothing is dropped.", least=1e-6)
     rope_theta: float = _setting(10000.0, "Base of the rotary angles.", least=1)
-    tied_head: bool = _setting(True, "Use the embedding as output head.")
+    tied_head: bool = _setting(False, "Use the embedding as output head.")
 
     def __post_init__(self) -> None:
         _check(self)

@@ -55,6 +55,7 @@ class MoE(Float32Buffers):
         *,
         scoring: Scoring = "softmax",
         renormalize: bool = True,
+        renormalize_after_drop: bool = False,
         routed_scaling_factor: float = 1.0,
         n_group: int = 1,
         topk_group: int = 1,
@@ -73,6 +74,7 @@ class MoE(Float32Buffers):
         self.options = {
             "capacity": capacity,
             "renormalize": renormalize,
+            "renormalize_after_drop": renormalize_after_drop,
             "routed_scaling_factor": routed_scaling_factor,
             "swiglu_limit": swiglu_limit,
         }

@@ -181,7 +181,7 @@ def test_impossible_settings_in_a_checkpoint_are_refused(
     for name, value in (
         ("layers", 10**9), ("layers", 3), ("layers", "2"), ("layers", True), ("hidden", 10**12), ("hidden", 2**62),
         ("experts", 0), ("context", 2.5), ("capacity", "all"), ("rope_theta", math.nan), ("scoring", ["softmax"]),
-        ("scoring", "argmax"), ("tied_head", False), ("tied_head", 1), ("heads", None), ("topk", 5),
+        ("scoring", "argmax"), ("tied_head", True), ("tied_head", 1), ("heads", None), ("topk", 5),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match="checkpoint"):
             model_from_checkpoint(changed(good, model={**model, name: value}))
