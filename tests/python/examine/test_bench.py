@@ -105,4 +105,4 @@ def test_a_row_is_measured(quick: Limits, tmp_path: Path) -> None:
 
 
 def test_durations_are_read_easily() -> None:
-    assert [duration(ms) for ms in (12.345, 1, 0.5, 0.0123)] == ["12.3 ms", "1 ms", "500 µs", "12.3 µs"]
+    assert [duration(ms) for ms in (4711, 12.345, 1, 0.5, 0.0123)] == ["4.71 s", "12.3 ms", "1 ms", "500 µs", "12.3 µs"]
