@@ -11,26 +11,17 @@ from html import escape
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..config import LanguageModelConfig, TrainSettings
 from .charts import Line, heatmap, line_chart
 
-__all__ = ["DemoResult", "OperatorRow", "write_report"]
+if TYPE_CHECKING:
+    from ..doctor import OperatorReport
+
+__all__ = ["DemoResult", "read_metrics", "write_report"]
 
 Table = Sequence[Sequence[str]]
-
-
-class OperatorRow(Protocol):
-    """What the report shows of an entry of ``ds_flashdmla_moe.doctor.run()``; the error is relative to float64."""
-
-    operator: str
-    implementation: str
-    dtype: str
-    max_error: float
-    tolerance: float
-    time_ms: float
-    ok: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class DemoResult:
     prompt: str
     sample_before: str
     sample_after: str
-    operators: Sequence[OperatorRow]
+    operators: Sequence[OperatorReport]
     versions: Mapping[str, str]
 
 
@@ -156,10 +147,12 @@ def _loss(result: DemoResult) -> str:
         lines.append(Line(validation, "validation", f"validation {validation[-1][1]:.2f}", dots=True))
     lines.append(Line(smooth, "train", f"training {smooth[-1][1]:.2f}"))
     low = min(min(bits for _, bits in line.points) for line in lines)
-    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), 6.0))
+    high = max(6.0, low + 1.0, *(bits + 0.2 for bits in result.baselines.values()))
+    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), high))
     return (
         f"<h2>Loss</h2><figure>{chart}<figcaption>Bits per byte of each training batch (faint), its running mean, and "
-        "of validation text on the way (dots). Values over 6 at the very beginning are cut off.</figcaption></figure>"
+        f"of validation text on the way (dots). Values over {high:.0f} at the very beginning are cut off."
+        "</figcaption></figure>"
     )
 
 

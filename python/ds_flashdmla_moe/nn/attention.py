@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import rope_frequencies
-from .operators import OperatorSet, library
+from . import library
+from .float32_buffers import Float32Buffers
+from .operators import OperatorSet
 
 __all__ = ["DMLAAttention", "LatentCache"]
 
@@ -43,7 +45,7 @@ class LatentCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class DMLAAttention(nn.Module):
+class DMLAAttention(Float32Buffers):
     """Causal self-attention of x [batch, tokens, hidden] over per-head keys and values of rank d_lat.
 
     ``q, k, v = x·Wq, x·Wk, x·Wv`` per head [head_dim]; RoPE (interleaved pairs) on q and k; then
@@ -62,12 +64,12 @@ class DMLAAttention(nn.Module):
         d_lat: int,
         *,
         rope_theta: float = 10000.0,
-        ops: OperatorSet | None = None,
+        ops: OperatorSet = library,
     ) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"DMLAAttention: head_dim must be even, got {head_dim}")
-        self.ops = ops or library()
+        self.ops = ops
         self.heads, self.head_dim, self.d_lat = heads, head_dim, d_lat
         self.qkv = nn.Linear(hidden, 3 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, hidden, bias=False)

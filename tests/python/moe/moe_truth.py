@@ -91,8 +91,8 @@ def experts(
     z: Tensor | None = None,
     shared_z: Tensor | None = None,
 ) -> Tensor:
-    """Σ over a token's kept slots. Given z [pairs, 2 * intermediate], by expert, then token, then slot, those values are
-    used in place of the products x · w13ᵀ (with the derivative of the products): the operator's stored pre-activations.
+    """Σ over a token's kept slots. Given z [pairs, 2 * intermediate], by expert, then token, then slot, those values
+    stand in for the products x · w13ᵀ (with the derivative of the products): the operator's stored pre-activations.
     """
     order = sorted((e, t, k) for t, slots in enumerate(indices) for k, e in enumerate(slots) if e >= 0)
     y = [torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(x.shape[0])]

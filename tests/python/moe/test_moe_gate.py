@@ -7,11 +7,11 @@ from typing import Any
 import moe_truth
 import pytest
 import torch
-from threads import assert_same_bits
-from tolerance import assert_close
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
+from threads import assert_same_bits
+from tolerance import assert_close
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 NORMALIZE = (
@@ -131,7 +131,7 @@ def test_logits_without_an_order_are_refused(bad: float) -> None:
     logits = torch.randn(300, 6)
     logits[217, 4] = bad
     logits[290, 1] = bad
-    with pytest.raises(ValueError, match="logits must be below .inf.* in row 217"):
+    with pytest.raises(ValueError, match=r"logits must be below .inf.* in row 217"):
         dsm.ops.moe_gate(logits, 2)
     with pytest.raises(ValueError, match="not all -inf"):
         dsm.ops.moe_gate(torch.full((2, 3), -float("inf")), 1)
