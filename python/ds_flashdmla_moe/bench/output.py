@@ -59,7 +59,10 @@ def _split(limits: Mapping[str, float]) -> list[tuple[str, str, float]]:
 
 def duration(milliseconds: float) -> str:
     """Three digits in the unit that suits."""
-    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{1e3 * milliseconds:.3g} µs"
+    for unit, size in (("s", 1e3), ("ms", 1.0)):
+        if milliseconds >= size:
+            return f"{milliseconds / size:.3g} {unit}"
+    return f"{1e3 * milliseconds:.3g} µs"
 
 
 def _number(value: float) -> str:

@@ -130,10 +130,13 @@ def _permute_formula(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, 
 
 def _permute_peers(device: str) -> Mapping[str, Function]:
     def composition(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-        order = indices.flatten().argsort(stable=True)
-        return x[order // indices.shape[1]], indices.flatten().bincount(minlength=experts + 1)
+        """The kept rows alone."""
+        pairs = indices.flatten()
+        order = pairs.argsort(stable=True)
+        order = order[pairs[order] >= 0]
+        return x[order // indices.shape[1]], pairs[order].bincount(minlength=experts).cumsum(0)
 
-    return {"torch": composition} if device == "cpu" else {}
+    return {"torch": composition}
 
 
 def _permute_work(sizes: Sizes, width: int) -> Work:

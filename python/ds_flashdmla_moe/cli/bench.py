@@ -62,13 +62,15 @@ def command(
     if not console.is_terminal:
         console.width = 180  # a file or pipe has no width of its own to keep to
     rows = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(jobs))
-        for title, job in jobs:
-            progress.update(bar, description=title)
-            rows.append(job())
-            progress.advance(bar)
-    console.print(table(rows, limits.as_dict()))
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=len(jobs))
+            for title, job in jobs:
+                progress.update(bar, description=title)
+                rows.append(job())
+                progress.advance(bar)
+    finally:  # an interruption does not take what was measured
+        console.print(table(rows, limits.as_dict()))
     if json:
         save_json(json, rows, limits.as_dict(), environment.describe())
     if plot:
