@@ -147,10 +147,12 @@ def _loss(result: DemoResult) -> str:
         lines.append(Line(validation, "validation", f"validation {validation[-1][1]:.2f}", dots=True))
     lines.append(Line(smooth, "train", f"training {smooth[-1][1]:.2f}"))
     low = min(min(bits for _, bits in line.points) for line in lines)
-    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), 6.0))
+    high = max(6.0, low + 1.0, *(bits + 0.2 for bits in result.baselines.values()))
+    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), high))
     return (
         f"<h2>Loss</h2><figure>{chart}<figcaption>Bits per byte of each training batch (faint), its running mean, and "
-        "of validation text on the way (dots). Values over 6 at the very beginning are cut off.</figcaption></figure>"
+        f"of validation text on the way (dots). Values over {high:.0f} at the very beginning are cut off."
+        "</figcaption></figure>"
     )
 
 
