@@ -75,7 +75,8 @@ template <class A>
 void attend_keys(const Head& head, std::int64_t begin, std::int64_t end, std::int64_t key_begin, std::int64_t key_end,
                  A* out, A* lse_out) {
   const std::int64_t queries = end - begin, d_v = head.d_v;
-  const std::int64_t tile_keys = std::min({kTileElements / queries, kMaxTileKeys, key_end - key_begin});
+  const std::int64_t most_keys = std::clamp<std::int64_t>(kTileElements / queries, 1, kMaxTileKeys);
+  const std::int64_t tile_keys = std::min(most_keys, key_end - key_begin);
   A* const tile = scratch<A>(queries * tile_keys);
   std::vector<SoftmaxState<A>> states(queries);
   std::fill(out, out + queries * d_v, A(0));

@@ -75,6 +75,18 @@ TEST(FlashAttn, GroupsOfQueryHeadsShareAKeyHead) {
   }
 }
 
+TEST(FlashAttn, OneKeyHeadServesMoreQueryHeadsThanATileHasScores) {
+  constexpr std::int64_t kHeads = 40000;
+  const std::vector<float> q(kHeads, 1.f), k = {0, 0, 0}, v = {1, 2, 6};
+  std::vector<float> out(kHeads, kNaN), lse(kHeads, kNaN);
+  flash_attn({.q = {q.data(), DType::float32, {1, 1, kHeads, 1}},
+              .k = {k.data(), DType::float32, {1, 3, 1, 1}},
+              .v = {v.data(), DType::float32, {1, 3, 1, 1}},
+              .out = {out.data(), DType::float32, {1, 1, kHeads, 1}},
+              .lse = {lse.data(), DType::float32, {1, kHeads, 1}}});
+  for (float x : out) ASSERT_FLOAT_EQ(x, 3.f);
+}
+
 TEST(FlashAttn, VarlenReadsOnlyItsSequences) {
   // Rows: two outside, sequences of 1 and 2 keys with 1 and 3 queries, one row outside.
   std::vector<float> q(7, 1.f), k = {kNaN, kNaN, 0, 0, 0, kNaN}, v = {kNaN, kNaN, 10, 20, 30, kNaN};
