@@ -132,7 +132,7 @@ def _loss(result: DemoResult) -> str:
     last = raw[-1][0]
     smooth, value = [], raw[0][1]
     for step, bits in raw:
-        value += 0.06 * (bits - value)
+        value += max(0.05, 4 / (step + 3)) * (bits - value)
         smooth.append((step, value))
     lines = [
         Line([(0.0, bits), (last, bits)], "baseline", f"{name} {bits:.2f}") for name, bits in result.baselines.items()
@@ -188,13 +188,13 @@ def _samples(result: DemoResult) -> str:
 
 
 def _operators(result: DemoResult) -> str:
-    rows = []
+    rows, previous = [], ""
     for row in result.operators:
         share = min(100.0, 100.0 * row.max_error / row.tolerance) if row.tolerance > 0 else 100.0 * (row.max_error > 0)
         verdict = '<span class="ok">ok</span>' if row.ok else '<span class="failed">failed</span>'
         rows.append(
             [
-                escape(row.operator),
+                "" if row.operator == previous else escape(row.operator),
                 escape(row.implementation),
                 escape(row.dtype),
                 f"{row.max_error:.1e}",
@@ -204,10 +204,12 @@ def _operators(result: DemoResult) -> str:
                 verdict,
             ]
         )
+        previous = row.operator
     head = ["Operator", "Implementation", "dtype", "worst error", "allowed", "", "ms", ""]
     return (
         "<h2>Operators against float64</h2><p>Every operator on a small input, compared with a float64 evaluation of "
-        f"its formula.</p><figure>{_table(head, rows, numbers=[3, 4, 6])}</figure>"
+        "its formula. Errors are relative to the largest result; the bar shows them as part of what is allowed.</p>"
+        f"<figure class='dense'>{_table(head, rows, numbers=[3, 4, 6])}</figure>"
     )
 
 
