@@ -23,11 +23,11 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write the results to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw them: .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Measure operators side by side with what else is installed: torch's own, SDPA, FlashAttention, FlashMLA.
+    """Measure operators, and the demo model's training step, side by side with torch's own operators.
 
-    Times are medians of calls that take turns in one process. On a GPU they are the device's, with the L2 cache
-    filled with other data before every call, and the host's time until the call returns stands beside them. Rates count the least
-    bytes and operations the work needs. Exit status 1 says that a result is less exact than allowed.
+    Times are medians of calls that take turns in one process. On a GPU they are the device's, with the L2 cache filled
+    with other data before every call, and the host's time until the call returns stands beside them. Rates count the
+    least bytes and operations the work needs. Exit status 1 says that a result is less exact than allowed.
     """
     import torch
     from rich.console import Console

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_flashdmla_moe import _library, cases, cli, doctor
 from ds_flashdmla_moe.bench import limits
@@ -65,6 +66,19 @@ def test_explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert "rms_norm " not in out
     assert dsm(monkeypatch, "explain", "--device", "cpu") == 0
     assert "moe_gate_backward" in capsys.readouterr().out
+
+
+def test_explain_of_a_request_that_none_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.ops.dsm.force_implementation("rms_norm", "cuda")
+    try:
+        assert dsm(monkeypatch, "explain", "rms_norm_backward", "rms_norm", "--device", "cpu") == 1
+    finally:
+        torch.ops.dsm.force_implementation("rms_norm", "")
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("none") == 2  # the backward operator is not reached
+    assert "another" in out
 
 
 def test_bench(
