@@ -85,7 +85,7 @@ class TrainSettings:
     beta2: float = _setting(0.95, "AdamW's decay of the second moment.", least=0, most=1)
     clip: float = _setting(1.0, "Largest norm of the gradient; 0: no limit.", least=0)
     balance: Literal["bias", "loss", "both", "none"] = _setting("bias", "Balancing by selection bias, loss or both.")
-    bias_rate: float = _setting(1e-3, "Step of the selection bias.", least=0)
+    bias_rate: float = _setting(5e-3, "Step of the selection bias.", least=0)
     balance_loss: float = _setting(1e-2, "Weight of the balance loss.", least=0)
     seed: int = _setting(0, "Decides initial weights and order of the text.", least=0, most=2**31 - 1)
     eval_every: int = _setting(200, "Steps between validations.", least=1)
