@@ -13,7 +13,8 @@ BUILD_OPTIONS = --no-build-isolation --no-deps --config-settings=build-dir=build
   --config-settings=cmake.define.DSM_TESTS=ON --config-settings=cmake.define.DSM_CUDA=$(CUDA) \
   --config-settings=cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=$(if $(CI),ON,OFF)
 
-.PHONY: help build demo test cpp-test python-test package-test bench lint format sanitize gpu-build gpu-test wheel clean
+.PHONY: help build demo test cpp-test python-test package-test bench lint format sanitize gpu-build gpu-test gpu-sanitize gpu-bench \
+  wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
@@ -61,8 +62,22 @@ gpu-build: .venv/ready ## build what `make gpu-test` runs on a machine that need
 	cmake -S . -B build-gpu -G Ninja -DDSM_CUDA=ON -DDSM_TESTS=OFF -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	cmake --build build-gpu
 
-gpu-test: ## on a GPU machine, with its own Python and torch: test the libraries in build-gpu
-	DSM_LIBRARY_DIR=$(CURDIR)/build-gpu/lib PYTHONPATH=python $(PYTHON) -m pytest -p no:cacheprovider tests/python/gpu
+# What runs on a GPU machine, with its own Python and torch and the libraries in build-gpu; no compiler, no network.
+GPU_ENVIRONMENT = DSM_LIBRARY_DIR=$(CURDIR)/build-gpu/lib PYTHONPATH=python
+ON_GPU = $(GPU_ENVIRONMENT) $(PYTHON)
+
+gpu-test: ## on a GPU machine: CUDA against the formulas and the CPU
+	$(ON_GPU) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-test: torch finds no GPU")'
+	$(ON_GPU) -m pytest -p no:cacheprovider tests/python/gpu
+
+gpu-sanitize: ## on a GPU machine: memory accesses, races and barriers of our kernels on small and awkward sizes
+	for tool in memcheck racecheck synccheck; do
+	  env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU_ENVIRONMENT) compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    --kernel-regex kns=cuda_kernel $(PYTHON) -m pytest -q -p no:cacheprovider -k 'matches and float32' tests/python/gpu
+	done
+
+gpu-bench: ## on a GPU machine: operators side by side with what is installed
+	$(ON_GPU) -m ds_flashdmla_moe.cli bench --device cuda --dtype bfloat16 --dtype float32
 
 wheel: build ## dist/*.whl
 	python -m pip wheel --quiet . --wheel-dir dist $(BUILD_OPTIONS)

@@ -16,9 +16,7 @@ from pathlib import Path
 STABLE_SHIM = re.compile(r"^(?:aoti_torch_|torch_)\w+$")
 FORBIDDEN = re.compile(r"^(?:.*\b(?:at|c10|torch)::|_?Py[A-Z_])")
 # The linker's own marks, and what the C++ runtime shares between libraries (templates of std and their type names).
-UNAVOIDABLE = re.compile(
-    r"^(?:_init|_fini|_edata|_end|__bss_start|.*\bstd::|(?:typeinfo|vtable|typeinfo name) for std::|operator (?:new|delete))"
-)
+UNAVOIDABLE = re.compile(r"^(?:_init|_fini|_edata|_end|__bss_start|.*\bstd::|.* for std::|operator (?:new|delete))")
 
 
 def symbols(library: Path, kind: str) -> list[str]:

@@ -62,7 +62,7 @@ class LanguageModelConfig:
     scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"] = _setting("sigmoid", "Gate function.")
     capacity: float | None = _setting(None, "Capacity factor of an expert. Default: nothing is dropped.", least=1e-6)
     rope_theta: float = _setting(10000.0, "Base of the rotary angles.", least=1)
-    tied_head: bool = _setting(True, "Use the embedding as output head.")
+    tied_head: bool = _setting(False, "Use the embedding as output head.")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -76,7 +76,7 @@ class LanguageModelConfig:
 class TrainSettings:
     """Everything besides model and text that decides the numbers of a run; impossible values raise ValueError."""
 
-    steps: int = _setting(1000, "Optimizer steps.", least=1)
+    steps: int = _setting(2000, "Optimizer steps.", least=1)
     batch: int = _setting(4, "Sequences of context bytes per step.", least=1)
     learning_rate: float = _setting(3e-3, "Peak of the schedule.", least=0, alias="--lr")
     warmup: float = _setting(0.05, "Part of the steps with rising rate.", least=0, most=1)

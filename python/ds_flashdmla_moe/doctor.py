@@ -77,12 +77,10 @@ def _reports_on(device: torch.device, cases: tuple[Case, ...]) -> list[OperatorR
         if any(row["built"] and (row["name"] == "cpu") == (device.type == "cpu") for row in entry["implementations"])
     }
     worst: dict[tuple[str, str], OperatorReport] = {}
-    for case in cases:
+    for case in (case for case in cases if case.operator in built):
         for dtype in case.dtypes:
             trial = Trial(case, dtype, device)
-            found = []
-            if case.operator in built:
-                found.append(_examine(case.operator, trial, trial.forward, trial.forward_deviation))
+            found = [_examine(case.operator, trial, trial.forward, trial.forward_deviation)]
             if case.gradients and built.issuperset(case.operators):
                 found.append(_examine(case.backward_operator, trial, trial.backward, trial.backward_deviation))
             for report in found:

@@ -43,7 +43,8 @@ def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool = Tru
     if rotated < d:
         y = rope(x[..., d - rotated :], positions, inv_freq, interleaved, inverse)
         return torch.cat((x[..., : d - rotated], y), dim=-1)
-    angle = positions.to(torch.float32)[..., None, None] * inv_freq.to(torch.float32)
+    angle = positions.to(torch.float32)[..., None, None] * inv_freq
+    angle = angle.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = angle.cos(), angle.sin()
     if inverse:
         sin = -sin

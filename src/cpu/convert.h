@@ -11,8 +11,8 @@ namespace dsm::cpu {
 template <class T>
 void widen(const void* x, DType dtype, std::int64_t n, T* out);
 
-/// out[i] = x[i] in the given dtype, rounded to nearest, ties to even (through float, if from double to 16 bits); beyond
-/// the largest finite value lies infinity, and NaN stays NaN.
+/// out[i] = x[i] in the given dtype, rounded to nearest, ties to even (through float, if from double to 16 bits);
+/// beyond the largest finite value lies infinity, and NaN stays NaN.
 template <class T>
 void narrow(const T* x, std::int64_t n, void* out, DType dtype);
 

@@ -159,7 +159,8 @@ void gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const Matrix& b
 }
 
 template <class Acc>
-void parallel_gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const Matrix& b, Acc beta, Acc* c, Index ldc) {
+void parallel_gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const Matrix& b, Acc beta, Acc* c,
+                   Index ldc) {
   if (m <= 0 || n <= 0) return;
   // Blocks of C, cut until there are enough for many threads or a block is too little work to be worth a hand-over.
   constexpr Index enough_blocks = 64, little_work = 1 << 19, row_unit = 12;
@@ -183,8 +184,8 @@ void parallel_gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const 
   parallel_for(0, row_blocks * cut(n, columns), 1, [&](Index begin, Index end) {
     for (Index block = begin; block < end; ++block) {
       const Index i = block % row_blocks * rows, j = block / row_blocks * columns;
-      gemm(std::min(rows, m - i), std::min(columns, n - j), k, alpha, from(a, i, 0), from(b, 0, j), beta, c + i * ldc + j,
-           ldc);
+      gemm(std::min(rows, m - i), std::min(columns, n - j), k, alpha, from(a, i, 0), from(b, 0, j), beta,
+           c + i * ldc + j, ldc);
     }
   });
 }

@@ -33,7 +33,7 @@ void gemm(std::int64_t m, std::int64_t n, std::int64_t k, Acc alpha, const Matri
 
 /// The same with the same bits, blocks of C being split over the CPU threads.
 template <class Acc>
-void parallel_gemm(std::int64_t m, std::int64_t n, std::int64_t k, Acc alpha, const Matrix& a, const Matrix& b, Acc beta,
-                   Acc* c, std::int64_t ldc);
+void parallel_gemm(std::int64_t m, std::int64_t n, std::int64_t k, Acc alpha, const Matrix& a, const Matrix& b,
+                   Acc beta, Acc* c, std::int64_t ldc);
 
 }  // namespace dsm::cpu

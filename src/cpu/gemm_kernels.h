@@ -18,18 +18,16 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
-/// C(i, j) and the elements after it, `count` in all, become (C +) alpha * sum.
+/// C(i, j) and the elements after it, `count` of them, become (C or 0) + alpha * sum.
 template <class T, class V>
 inline void update(const StripProduct<T>& p, Index i, Index j, const V& sum, Index count) {
   constexpr int n = sizeof(V) / sizeof(T);
+  const V alpha = broadcast<T, n>(p.alpha);
   T* c = p.c + i * p.ldc + j;
-  const auto result = [&p, &sum](const T* old) {
-    return p.accumulate ? load_bytes<V>(old) + p.alpha * sum : p.alpha * sum;
-  };
-  if (count >= n) return store(c, result(c));
+  if (count >= n) return store(c, multiply_add(alpha, sum, p.accumulate ? load_bytes<V>(c) : V{}));
   T part[n] = {};
   for (Index l = 0; p.accumulate && l < n && l < count; ++l) part[l] = c[l];
-  store(part, result(part));
+  store(part, multiply_add(alpha, sum, load_bytes<V>(part)));
   for (Index l = 0; l < n && l < count; ++l) c[l] = part[l];
 }
 
@@ -51,7 +49,7 @@ void multiply_tile(const StripProduct<T>& p, Index i, int last) {
       const Vector<T> a_element = broadcast(*a[r]);
       a[r] += p.a_col_stride;
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] += a_element * b_row[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(a_element, b_row[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -66,11 +64,16 @@ void multiply_rows(const StripProduct<T>& p, int last) {
   for (; i + kTileRows <= p.m; i += kTileRows) multiply_tile<T, kTileRows, V>(p, i, last);
   static_assert(kTileRows == 6);
   switch (p.m - i) {
-    case 5: return multiply_tile<T, 5, V>(p, i, last);
-    case 4: return multiply_tile<T, 4, V>(p, i, last);
-    case 3: return multiply_tile<T, 3, V>(p, i, last);
-    case 2: return multiply_tile<T, 2, V>(p, i, last);
-    case 1: return multiply_tile<T, 1, V>(p, i, last);
+    case 5:
+      return multiply_tile<T, 5, V>(p, i, last);
+    case 4:
+      return multiply_tile<T, 4, V>(p, i, last);
+    case 3:
+      return multiply_tile<T, 3, V>(p, i, last);
+    case 2:
+      return multiply_tile<T, 2, V>(p, i, last);
+    case 1:
+      return multiply_tile<T, 1, V>(p, i, last);
   }
 }
 
@@ -149,11 +152,16 @@ void widen_matrix(const Matrix& matrix, Index rows, Index cols, Acc* out, Index 
 template <class Acc>
 void widen(const Matrix& matrix, Index rows, Index cols, Acc* out, Index ld) {
   switch (matrix.dtype) {
-    case DType::float64: return widen_matrix<double>(matrix, rows, cols, out, ld);
-    case DType::float32: return widen_matrix<float>(matrix, rows, cols, out, ld);
-    case DType::float16: return widen_matrix<Float16>(matrix, rows, cols, out, ld);
-    case DType::bfloat16: return widen_matrix<BFloat16>(matrix, rows, cols, out, ld);
-    default: __builtin_trap();  // gemm and convert have refused it
+    case DType::float64:
+      return widen_matrix<double>(matrix, rows, cols, out, ld);
+    case DType::float32:
+      return widen_matrix<float>(matrix, rows, cols, out, ld);
+    case DType::float16:
+      return widen_matrix<Float16>(matrix, rows, cols, out, ld);
+    case DType::bfloat16:
+      return widen_matrix<BFloat16>(matrix, rows, cols, out, ld);
+    default:
+      __builtin_trap();  // gemm and convert have refused it
   }
 }
 
@@ -173,7 +181,7 @@ void multiply_few_by_rows(const StripProduct<Acc>& p, const T* b, Index stride) 
         Vector<Acc> sum[R];
         for (int r = 0; r < R; ++r) sum[r] = load<Acc>(sums[r] + j);
         const auto add = [&](Index l, const Vector<Acc>& b_row) {
-          for (int r = 0; r < R; ++r) sum[r] += p.a[r * p.a_row_stride + q + l] * b_row;
+          for (int r = 0; r < R; ++r) sum[r] = multiply_add(broadcast(p.a[r * p.a_row_stride + q + l]), b_row, sum[r]);
         };
         if (depth == together && j + lanes <= columns) {
 #pragma GCC unroll 8
@@ -198,7 +206,8 @@ void multiply_few_by_columns(const StripProduct<Acc>& p, const T* b, Index strid
     V sum[R][blocks] = {};
     const auto add = [&](int v, Index q, int l, const V& b_row) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r][v] += p.a[r * p.a_row_stride + q + l] * b_row;
+      for (int r = 0; r < R; ++r)
+        sum[r][v] = multiply_add(broadcast<Acc, side>(p.a[r * p.a_row_stride + q + l]), b_row, sum[r][v]);
     };
     Index q = 0;
     if (start + blocks * side <= p.n) {
@@ -243,11 +252,16 @@ void multiply_few_rows(const StripProduct<Acc>& p, const Matrix& b) {
 template <class Acc, int R>
 void multiply_few_rows(const StripProduct<Acc>& p, const Matrix& b) {
   switch (b.dtype) {
-    case DType::float64: return multiply_few_rows<Acc, R, double>(p, b);
-    case DType::float32: return multiply_few_rows<Acc, R, float>(p, b);
-    case DType::float16: return multiply_few_rows<Acc, R, Float16>(p, b);
-    case DType::bfloat16: return multiply_few_rows<Acc, R, BFloat16>(p, b);
-    default: __builtin_trap();
+    case DType::float64:
+      return multiply_few_rows<Acc, R, double>(p, b);
+    case DType::float32:
+      return multiply_few_rows<Acc, R, float>(p, b);
+    case DType::float16:
+      return multiply_few_rows<Acc, R, Float16>(p, b);
+    case DType::bfloat16:
+      return multiply_few_rows<Acc, R, BFloat16>(p, b);
+    default:
+      __builtin_trap();
   }
 }
 
@@ -255,10 +269,14 @@ template <class Acc>
 void multiply_few(const StripProduct<Acc>& p, const Matrix& b) {
   static_assert(kFewRows == 4);
   switch (p.m) {
-    case 1: return multiply_few_rows<Acc, 1>(p, b);
-    case 2: return multiply_few_rows<Acc, 2>(p, b);
-    case 3: return multiply_few_rows<Acc, 3>(p, b);
-    case 4: return multiply_few_rows<Acc, 4>(p, b);
+    case 1:
+      return multiply_few_rows<Acc, 1>(p, b);
+    case 2:
+      return multiply_few_rows<Acc, 2>(p, b);
+    case 3:
+      return multiply_few_rows<Acc, 3>(p, b);
+    case 4:
+      return multiply_few_rows<Acc, 4>(p, b);
   }
 }
 

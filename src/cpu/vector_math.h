@@ -23,7 +23,8 @@ void sigmoid(const T* x, std::int64_t n, T* y) {
   kernels<T>().sigmoid(x, n, y);
 }
 
-/// y[i] = x[i] / (1 + exp(-x[i])), within 4 ulp; NaN at -inf, as the formula. y may be x.
+/// y[i] = x[i] / (1 + exp(-x[i])), within 4 ulp where exp(x[i]) is normal (x > -87, double: -708) and within 2 |x|
+/// times the smallest subnormal beyond; NaN at -inf, as the formula. y may be x.
 template <class T>
 void silu(const T* x, std::int64_t n, T* y) {
   kernels<T>().silu(x, n, y);

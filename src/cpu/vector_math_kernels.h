@@ -79,14 +79,14 @@ inline Vector<T> exp(Vector<T> x) {
   constexpr T shift = T(3) * T(typename E::Integer(1) << (E::kFractionBits - 1));  // adding it rounds to integers
   x = x < E::kLowest ? broadcast(E::kLowest) : x;
   x = x > E::kHighest ? broadcast(E::kHighest) : x;
-  const Vector<T> shifted = x * T(0x1.71547652b82fep0) + shift, n = shifted - shift;
-  const Vector<T> r = (x - n * E::kLn2High) - n * E::kLn2Low;
+  const Vector<T> shifted = multiply_add(x, broadcast(T(0x1.71547652b82fep0)), broadcast(shift)), n = shifted - shift;
+  const Vector<T> r = multiply_add(n, broadcast(-E::kLn2Low), multiply_add(n, broadcast(-E::kLn2High), x));
   Vector<T> result = {};
   double factorial = 1;
   for (int i = 2; i <= E::kDegree; ++i) factorial *= i;
 #pragma GCC unroll 16
   for (int i = E::kDegree; i >= 0; --i) {
-    result = result * r + T(1 / factorial);
+    result = multiply_add(result, r, broadcast(T(1 / factorial)));
     factorial /= i > 0 ? i : 1;
   }
   // Two factors, because 2^n alone overflows or is subnormal where the result is not yet.
@@ -105,7 +105,8 @@ inline Vector<T> sigmoid(Vector<T> x) {
 template <class T>
 T exp_scaled_array(T* x, Index n, T scale, T shift) {
   const auto apply = [=](Index i, Index count) {
-    store_part(x + i, exp<T>(load_part<T>(x + i, count, 0) * scale - shift), count);
+    const Vector<T> argument = multiply_add(load_part<T>(x + i, count, 0), broadcast(scale), broadcast(-shift));
+    store_part(x + i, exp<T>(argument), count);
     return load_part<T>(x + i, count, 0);
   };
   return reduce<T>(n, 0, apply, kAdd);
@@ -159,11 +160,16 @@ void narrow_array(const T* x, Index n, Storage* out) {
 template <class T>
 void narrow_to(const T* x, Index n, void* out, DType dtype) {
   switch (dtype) {
-    case DType::float64: return narrow_array(x, n, static_cast<double*>(out));
-    case DType::float32: return narrow_array(x, n, static_cast<float*>(out));
-    case DType::float16: return narrow_array(x, n, static_cast<Float16*>(out));
-    case DType::bfloat16: return narrow_array(x, n, static_cast<BFloat16*>(out));
-    default: __builtin_trap();  // callers have refused it
+    case DType::float64:
+      return narrow_array(x, n, static_cast<double*>(out));
+    case DType::float32:
+      return narrow_array(x, n, static_cast<float*>(out));
+    case DType::float16:
+      return narrow_array(x, n, static_cast<Float16*>(out));
+    case DType::bfloat16:
+      return narrow_array(x, n, static_cast<BFloat16*>(out));
+    default:
+      __builtin_trap();  // callers have refused it
   }
 }
 

@@ -11,8 +11,10 @@
 #include <cstdint>
 #include <utility>  // std::integer_sequence, a type
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Vectors wider than the registers are passed between functions that are all in this file: no ABI to be kept.
@@ -69,10 +71,43 @@ inline To bit_cast(const From& from) {
   return load_bytes<To>(&from);
 }
 
-template <class T>
-inline Vector<T> broadcast(T x) {
-  return x - Vector<T>{};  // x - 0 is x, also for -0
+template <class T, int N = kLanes<T>>
+inline Vector<T, N> broadcast(T x) {
+  return x - Vector<T, N>{};  // x - 0 is x, also for -0
 }
+
+// multiply_add(a, b, c) = a * b + c, fused where the instruction set can. Written out, because whether the compiler
+// fuses an expression depends on what surrounds it, and all kernels must give the same bits.
+#if defined(__AVX512F__)
+inline Vector<float, 16> multiply_add(Vector<float, 16> a, Vector<float, 16> b, Vector<float, 16> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Vector<double, 8> multiply_add(Vector<double, 8> a, Vector<double, 8> b, Vector<double, 8> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#endif
+#if defined(__FMA__)
+inline Vector<float, 8> multiply_add(Vector<float, 8> a, Vector<float, 8> b, Vector<float, 8> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Vector<double, 4> multiply_add(Vector<double, 4> a, Vector<double, 4> b, Vector<double, 4> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#elif defined(__aarch64__)
+inline Vector<float, 4> multiply_add(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+  return bit_cast<Vector<float, 4>>(
+      vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
+}
+inline Vector<double, 2> multiply_add(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
+  return bit_cast<Vector<double, 2>>(
+      vfmaq_f64(bit_cast<float64x2_t>(c), bit_cast<float64x2_t>(a), bit_cast<float64x2_t>(b)));
+}
+#else
+template <class V>
+inline V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
 
 /// `mask` lanes are all ones or all zeros.
 template <class I>
@@ -151,7 +186,8 @@ inline void narrow(Vector<T> value, Float16* target) {
   using I = Vector<std::int32_t, n>;
   const F x = __builtin_convertvector(value, F);
 #if defined(__AVX512F__) && defined(__F16C__)
-  if constexpr (n == 16) return store(target, _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (n == 16)
+    return store(target, _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__F16C__)
   if constexpr (n == 8) return store(target, _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
@@ -160,14 +196,15 @@ inline void narrow(Vector<T> value, Float16* target) {
   // Adding 0.5 leaves multiples of 2^-24, the unit of subnormals, in the low bits.
   const I subnormal = bit_cast<I>(bit_cast<F>(magnitude) + 0.5f) - bit_cast<std::int32_t>(0.5f);
   const I normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const I finite = select<I>(magnitude < ((127 - 14) << 23), subnormal, select<I>(normal < 0x7c00, normal, I{} + 0x7c00));
+  const I finite =
+      select<I>(magnitude < ((127 - 14) << 23), subnormal, select<I>(normal < 0x7c00, normal, I{} + 0x7c00));
   const I nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
   const I result = select<I>(magnitude > 0x7f800000, nan, finite) | ((bits >> 16) & 0x8000);
   store(target, __builtin_convertvector(result, Vector<std::uint16_t, n>));
 }
 
-// Transposition of kSide x kSide elements, in vectors of at most 32 bytes: wider ones shuffle no faster, and kSide streams
-// whose distance is a multiple of the page size must fit into one set of the first-level cache.
+// Transposition of kSide x kSide elements, in vectors of at most 32 bytes: wider ones shuffle no faster, and kSide
+// streams whose distance is a multiple of the page size must fit into one set of the first-level cache.
 
 template <class T>
 constexpr int kSide = (kVectorBytes < 32 ? kVectorBytes : 32) / static_cast<int>(sizeof(T));

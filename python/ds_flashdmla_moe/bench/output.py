@@ -20,7 +20,8 @@ def table(rows: Sequence[Row], limits: Mapping[str, float]) -> Table:
     """One line per row; under it what the columns are relative to."""
     rates = ", ".join(f"{name} {value:,.1f} {unit}" for name, unit, value in _split(limits))
     result = Table(
-        caption=f"of limit: least time by this run's copy bandwidth and matrix rate ({rates}) over the time taken. "
+        caption=f"of limit: least time by this run's copy bandwidth and matrix rate ({rates}) over the time taken; "
+        "above 100% the data was in a cache. "
         "× peer: our time over the peer's, below 1 is faster. "
         "error: relative to the largest result, and as part of what is allowed.",
         caption_justify="left",
@@ -59,7 +60,10 @@ def _split(limits: Mapping[str, float]) -> list[tuple[str, str, float]]:
 
 def duration(milliseconds: float) -> str:
     """Three digits in the unit that suits."""
-    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{1e3 * milliseconds:.3g} µs"
+    for unit, size in (("s", 1e3), ("ms", 1.0)):
+        if milliseconds >= size:
+            return f"{milliseconds / size:.3g} {unit}"
+    return f"{1e3 * milliseconds:.3g} µs"
 
 
 def _number(value: float) -> str:
@@ -78,23 +82,26 @@ def save_plot(path: Path, rows: Sequence[Row]) -> None:
 
     from matplotlib.figure import Figure
 
-    names = [f"{row.operator} {row.dtype}\n{_sizes(row)}" for row in rows]
-    figure = Figure(figsize=(12, 1.5 + 0.5 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    figure = Figure(figsize=(13, 1.2 + 0.42 * len(rows)), layout="constrained")
     relative, reached = figure.subplots(1, 2, sharey=True)
     for peer in dict.fromkeys(peer for row in rows for peer in row.peers):
-        places = [i for i, row in enumerate(rows) if peer in row.peers]
-        relative.scatter([rows[i].relative_to(peer) for i in places], places, label=peer, zorder=3)
-    relative.axvline(1, color="0.5", linewidth=1)
-    relative.set_xscale("log", base=2)
-    relative.xaxis.set_major_formatter("{x:g}×")
+        measured = [i for i in places if peer in rows[i].peers]
+        relative.scatter([rows[i].relative_to(peer) for i in measured], measured, label=peer, zorder=3)
+    relative.axvline(1, color="0.4", linewidth=1)
+    relative.set_xscale("log", base=4)
+    relative.xaxis.set_major_formatter(lambda value, _: f"{value:g}×" if value >= 1 else f"1/{1 / value:g}")
     relative.set_xlabel("our time over the peer's (left of 1: faster)")
     if relative.get_legend_handles_labels()[0]:
         relative.legend()
-    relative.set_yticks(range(len(rows)), names, fontsize=8)
-    relative.invert_yaxis()
-    reached.barh(range(len(rows)), [100 * row.of_limit for row in rows])
-    reached.axvline(100, color="0.5", linewidth=1)
-    reached.set_xlabel("% of the limit by this run's copy bandwidth and matrix rate")
+    relative.set_yticks(places, [f"{row.operator} {row.dtype}\n{_sizes(row)}" for row in rows], fontsize=7)
+    relative.set_ylim(len(rows) - 0.4, -0.6)
+    reached.barh(places, [100 * row.of_limit for row in rows], height=0.6)
+    for place, row in enumerate(rows):
+        reached.annotate(f" {row.of_limit:.0%}", (min(100 * row.of_limit, 110), place), fontsize=7, va="center")
+    reached.axvline(100, color="0.4", linewidth=1)
+    reached.set_xlim(0, 125)  # beyond 100: from a cache, and how far says little
+    reached.set_xlabel("% of the limit")
     for axes in (relative, reached):
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

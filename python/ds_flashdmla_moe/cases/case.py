@@ -39,9 +39,6 @@ class Draw:
         wide = torch.promote_types(dtype, torch.float32)
         return torch.randn(shape, generator=self._generator, dtype=wide, device=self.device).mul_(scale).to(dtype)
 
-    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(high, shape, generator=self._generator, dtype=dtype, device=self.device)
-
     @property
     def wide(self) -> torch.dtype:
         """The dtype of statistics: float64 for float64, else float32."""

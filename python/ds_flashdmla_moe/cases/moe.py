@@ -32,6 +32,11 @@ def _offsets(indices: Tensor, experts: int) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0)).int()
 
 
+def _visited(sizes: Sizes) -> int:
+    """Experts that can have a token at all."""
+    return min(sizes["experts"], sizes["tokens"] * sizes["topk"])
+
+
 # --- moe_gate ---
 
 
@@ -130,10 +135,13 @@ def _permute_formula(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, 
 
 def _permute_peers(device: str) -> Mapping[str, Function]:
     def composition(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-        order = indices.flatten().argsort(stable=True)
-        return x[order // indices.shape[1]], indices.flatten().bincount(minlength=experts + 1)
+        """The kept rows alone."""
+        pairs = indices.flatten()
+        order = pairs.argsort(stable=True)
+        order = order[pairs[order] >= 0]
+        return x[order // indices.shape[1]], pairs[order].bincount(minlength=experts).cumsum(0)
 
-    return {"torch": composition} if device == "cpu" else {}
+    return {"torch": composition}
 
 
 def _permute_work(sizes: Sizes, width: int) -> Work:
@@ -198,12 +206,12 @@ def _gemm_formula(a: Tensor, b: Tensor, expert_offsets: Tensor) -> Tensor:
 
 def _gemm_work(sizes: Sizes, width: int) -> Work:
     """a and b read, c written."""
-    rows, experts, n, k = sizes["tokens"] * sizes["topk"], sizes["experts"], sizes["n"], sizes["k"]
-    return Work(2 * rows * n * k, (rows * (n + k) + experts * n * k) * width)
+    rows, n, k = sizes["tokens"] * sizes["topk"], sizes["n"], sizes["k"]
+    return Work(2 * rows * n * k, (rows * (n + k) + _visited(sizes) * n * k) * width)
 
 
 def _gemm_backward_work(sizes: Sizes, width: int) -> Work:
-    """dc, a, b read, da, db written; a product for each of da and db."""
+    """dc, a, b read, da and db (of every expert) written; a product for each."""
     forward = _gemm_work(sizes, width)
     elements = sizes["tokens"] * sizes["topk"] * sizes["k"] + sizes["experts"] * sizes["n"] * sizes["k"]
     return Work(2 * forward.flops, forward.bytes + elements * width)
@@ -286,24 +294,26 @@ def _torch_swiglu(z: Tensor) -> Tensor:
 
 
 def _ffn_products(sizes: Sizes) -> tuple[float, float, float]:
-    """Operations of the products, elements of all matrices, elements of the tokens."""
-    tokens, topk, experts, hidden, inner, shared = (
-        sizes[name] for name in ("tokens", "topk", "experts", "hidden", "intermediate", "shared")
+    """Operations of the products, elements of the matrices they need, elements of the tokens."""
+    tokens, topk, hidden, inner, shared = (
+        sizes[name] for name in ("tokens", "topk", "hidden", "intermediate", "shared")
     )
-    return 6 * tokens * hidden * (topk * inner + shared), 3 * hidden * (experts * inner + shared), tokens * hidden
+    matrices = 3 * hidden * (_visited(sizes) * inner + shared)
+    return 6 * tokens * hidden * (topk * inner + shared), matrices, tokens * hidden
 
 
 def _ffn_work(sizes: Sizes, width: int) -> Work:
-    """x and all matrices read, y written; three products per pair."""
+    """x and the visited experts' matrices read, y written; three products per pair."""
     flops, matrices, tokens = _ffn_products(sizes)
     return Work(flops, (matrices + 2 * tokens) * width)
 
 
 def _ffn_backward_work(sizes: Sizes, width: int) -> Work:
-    """dy, x, z and the matrices read, dx and the matrices' gradients written; two products for each forward one."""
+    """dy, x, z and the matrices read, dx and every expert's gradients written; two products for each forward one."""
     flops, matrices, tokens = _ffn_products(sizes)
     z = 2 * sizes["tokens"] * (sizes["topk"] * sizes["intermediate"] + sizes["shared"])
-    return Work(2 * flops, (2 * matrices + 3 * tokens + z) * width)
+    gradients = 3 * sizes["hidden"] * (sizes["experts"] * sizes["intermediate"] + sizes["shared"])
+    return Work(2 * flops, (matrices + gradients + 3 * tokens + z) * width)
 
 
 _WIDE = (torch.float64, torch.float32)

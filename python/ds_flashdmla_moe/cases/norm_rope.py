@@ -114,6 +114,8 @@ CASES = (
             "cuda": (
                 {"tokens": 128, "heads": 128, "d": 64, "d_rope": 64},
                 {"tokens": 8192, "heads": 128, "d": 64, "d_rope": 64},
+                {"tokens": 8192, "heads": 64, "d": 512, "d_rope": 64},
+                {"tokens": 524288, "heads": 1, "d": 64, "d_rope": 64},
             ),
         },
         work=_rope_work,

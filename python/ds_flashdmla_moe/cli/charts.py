@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 __all__ = ["Line", "heatmap", "line_chart"]
 
@@ -34,7 +35,7 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, y_range: tuple[float, float]) -> str:
-    """An SVG of the lines; y is clipped to its range, x runs from 0 to the last point."""
+    """An SVG of the lines; x runs from 0 to the last point, y through its range, and what is above that is left out."""
     x_high = max(x for line in lines for x, _ in line.points)
     y_low, y_high = y_range
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -56,7 +57,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, y_range: tu
     parts.append(f'<text x="{LEFT + width / 2:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>')
     taken: list[float] = []
     for line in lines:
-        placed = [place(x, y) for x, y in line.points]
+        placed = [place(x, y) for x, y in line.points if y <= y_high] or [place(*line.points[-1])]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         parts.append(f'<path class="line {line.style}" d="M{path}"/>')
         if line.dots:
@@ -77,17 +78,14 @@ def heatmap(columns: Sequence[Sequence[float]], *, title: str) -> str:
     rows = len(columns[0])
     cell_height, left, top = 13.0, 24.0, 20.0
     width, height = 420.0, top + rows * cell_height
-    cell_width = (width - left) / len(columns)
+    edges = [round(left + (width - left) * i / len(columns), 1) for i in range(len(columns) + 1)]
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<text class="strong" x="{left:g}" y="12">{escape(title)}</text>')
     for row in range(rows):
         y = top + row * cell_height
         parts.append(f'<text x="{left - 6:g}" y="{y + 10:.1f}" text-anchor="end">{row}</text>')
-        for column, values in enumerate(columns):
-            x = left + column * cell_width
-            size = f'width="{cell_width + 0.1:.1f}" height="{cell_height - 1:g}"'
-            parts.append(
-                f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" {size} '
-                f'fill-opacity="{min(max(values[row], 0.0), 1.0):.2f}"/>'
-            )
+        for values, (x, end) in zip(columns, pairwise(edges), strict=True):
+            shade = min(max(values[row], 0.0), 1.0)
+            size = f'width="{end - x:.1f}" height="{cell_height - 1:g}"'
+            parts.append(f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" {size} fill-opacity="{shade:.2f}"/>')
     return "".join([*parts, "</svg>"])

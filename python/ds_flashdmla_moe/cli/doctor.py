@@ -36,18 +36,17 @@ def command(
         table.add_column(name, no_wrap=True)
     for name in ("error", "of allowed", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", min_width=4)
     previous = ""
     for report in reports:
         part = f"{report.max_error / report.tolerance:.0%}" if report.tolerance else ""
+        verdict = f"[green]{part} ok" if report.ok else f"[bold red]{part} FAIL"
         table.add_row(
             "" if report.operator == previous else report.operator,
             report.implementation,
             report.dtype,
             f"{report.max_error:.1e}",
-            part,
+            verdict,
             duration(report.time_ms),
-            "[green]ok" if report.ok else "[bold red]FAIL",
         )
         previous = report.operator
     console.print(table)

@@ -132,7 +132,7 @@ def _loss(result: DemoResult) -> str:
     last = raw[-1][0]
     smooth, value = [], raw[0][1]
     for step, bits in raw:
-        value += 0.06 * (bits - value)
+        value += max(0.05, 4 / (step + 3)) * (bits - value)
         smooth.append((step, value))
     lines = [
         Line([(0.0, bits), (last, bits)], "baseline", f"{name} {bits:.2f}") for name, bits in result.baselines.items()
@@ -147,10 +147,12 @@ def _loss(result: DemoResult) -> str:
         lines.append(Line(validation, "validation", f"validation {validation[-1][1]:.2f}", dots=True))
     lines.append(Line(smooth, "train", f"training {smooth[-1][1]:.2f}"))
     low = min(min(bits for _, bits in line.points) for line in lines)
-    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), 6.0))
+    high = max(6.0, low + 1.0, *(bits + 0.2 for bits in result.baselines.values()))
+    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), high))
     return (
         f"<h2>Loss</h2><figure>{chart}<figcaption>Bits per byte of each training batch (faint), its running mean, and "
-        "of validation text on the way (dots). Values over 6 at the very beginning are cut off.</figcaption></figure>"
+        f"of validation text on the way (dots). Values over {high:.0f} at the very beginning are cut off."
+        "</figcaption></figure>"
     )
 
 
@@ -186,13 +188,13 @@ def _samples(result: DemoResult) -> str:
 
 
 def _operators(result: DemoResult) -> str:
-    rows = []
+    rows, previous = [], ""
     for row in result.operators:
         share = min(100.0, 100.0 * row.max_error / row.tolerance) if row.tolerance > 0 else 100.0 * (row.max_error > 0)
         verdict = '<span class="ok">ok</span>' if row.ok else '<span class="failed">failed</span>'
         rows.append(
             [
-                escape(row.operator),
+                "" if row.operator == previous else escape(row.operator),
                 escape(row.implementation),
                 escape(row.dtype),
                 f"{row.max_error:.1e}",
@@ -202,10 +204,12 @@ def _operators(result: DemoResult) -> str:
                 verdict,
             ]
         )
+        previous = row.operator
     head = ["Operator", "Implementation", "dtype", "worst error", "allowed", "", "ms", ""]
     return (
         "<h2>Operators against float64</h2><p>Every operator on a small input, compared with a float64 evaluation of "
-        f"its formula.</p><figure>{_table(head, rows, numbers=[3, 4, 6])}</figure>"
+        "its formula. Errors are relative to the largest result; the bar shows them as part of what is allowed.</p>"
+        f"<figure class='dense'>{_table(head, rows, numbers=[3, 4, 6])}</figure>"
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import rope_frequencies
 from . import library
+from .float32_buffers import Float32Buffers
 from .operators import OperatorSet
 
 __all__ = ["DMLAAttention", "LatentCache"]
@@ -44,7 +45,7 @@ class LatentCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class DMLAAttention(nn.Module):
+class DMLAAttention(Float32Buffers):
     """Causal self-attention of x [batch, tokens, hidden] over per-head keys and values of rank d_lat.
 
     ``q, k, v = x·Wq, x·Wk, x·Wv`` per head [head_dim]; RoPE (interleaved pairs) on q and k; then

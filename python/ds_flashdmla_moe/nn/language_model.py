@@ -127,7 +127,8 @@ class LanguageModel(nn.Module):
             balance.append(routing.balance_loss)
             loads.append(routing.load)
             x = x + block.moe(h)
-        cross_entropy = F.cross_entropy(self._logits(x).flatten(0, 1).float(), targets.flatten())
+        logits = self._logits(x).flatten(0, 1)
+        cross_entropy = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
         return LossParts(cross_entropy, torch.stack(balance).mean(), torch.stack(loads))
 
     def update_bias(self, load: Tensor, rate: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..moe import MoEWeights
 from ..ops.moe import Scoring
 from . import library
+from .float32_buffers import Float32Buffers
 from .operators import OperatorSet
 
 __all__ = ["MoE", "Routing"]
@@ -32,7 +33,7 @@ class Routing(NamedTuple):
     balance_loss: Tensor
 
 
-class MoE(nn.Module):
+class MoE(Float32Buffers):
     """y = Σ over the topk selected experts of weight · FFN(x), plus the shared expert; FFN = w2·swiglu(w13·x).
 
     x [..., hidden]. ``scoring``, ``renormalize``, ``capacity`` and the group limit are those of
@@ -54,6 +55,7 @@ class MoE(nn.Module):
         *,
         scoring: Scoring = "softmax",
         renormalize: bool = True,
+        renormalize_after_drop: bool = False,
         routed_scaling_factor: float = 1.0,
         n_group: int = 1,
         topk_group: int = 1,
@@ -72,6 +74,7 @@ class MoE(nn.Module):
         self.options = {
             "capacity": capacity,
             "renormalize": renormalize,
+            "renormalize_after_drop": renormalize_after_drop,
             "routed_scaling_factor": routed_scaling_factor,
             "swiglu_limit": swiglu_limit,
         }

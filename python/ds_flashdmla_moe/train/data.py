@@ -84,13 +84,13 @@ def load_corpus(paths: Sequence[Path] = (), max_bytes: int = MAX_BYTES) -> Corpu
     taken: list[tuple[int, bytes]] = []
     total = 0
     for key, _, path in sorted((zlib.crc32(name.encode()), name, path) for name, path in named):
-        text = path.read_bytes()
-        if not text or b"\0" in text:
+        size = path.stat().st_size
+        if size == 0 or (taken and total + size > max_bytes):
+            continue  # a smaller one may still fit
+        with path.open("rb") as file:
+            text = file.read(max_bytes)
+        if b"\0" in text:
             continue
-        if total + len(text) > max_bytes:
-            if taken:
-                continue  # a smaller one may still fit
-            text = text[:max_bytes]
         taken.append((key, text))
         total += len(text)
     train = b"".join(text for key, text in taken if key % 10)

@@ -25,9 +25,9 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 /// A token's logits over the warp, with what its scores need.
 template <class T, int kPerLane>
 struct Logits {
-  T value[kPerLane];  ///< of expert lane + 32 · i; -inf beyond the last
-  T largest, sum;     ///< softmax: maximum, and Σ exp(logit - maximum)
-  bool valid;         ///< every logit has a score
+  T value[kPerLane];       ///< of expert lane + 32 · i; -inf beyond the last
+  T largest, inverse_sum;  ///< softmax: maximum, and 1 / Σ exp(logit - maximum)
+  bool valid;              ///< every logit has a score
   Scoring scoring;
 
   __device__ Logits(const T* logits, int experts, Scoring scoring) : scoring(scoring) {
@@ -45,16 +45,16 @@ struct Logits {
     if (scoring != Scoring::softmax) return;
     largest = cuda::warp_max(largest);
     valid = valid && largest > -kInfinity<T>;
-    sum = 0;
+    T sum = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) sum += exp(value[i] - largest);
-    sum = cuda::lane_group_sum(sum);
+    inverse_sum = 1 / cuda::lane_group_sum(sum);
   }
 
   __device__ T score(T logit) const {
     switch (scoring) {
       case Scoring::softmax:
-        return exp(logit - largest) / sum;
+        return exp(logit - largest) * inverse_sum;
       case Scoring::sigmoid:
         return sigmoid(logit);
       default:
@@ -257,15 +257,17 @@ __global__ void __launch_bounds__(kWarpSize* kTokensPerBlock)
   }
 }
 
-/// Calls run.operator()<kPerLane>() with registers for all experts.
-template <class Run>
+/// Calls run.operator()<kPerLane>() with registers for all experts. float64 is there for testing: three sizes do.
+template <class T, class Run>
 void with_registers_for(std::int64_t experts, const Run& run) {
   static_assert(kMaxCudaExperts == 32 * kWarpSize);
-  if (experts <= 1 * kWarpSize) return run.template operator()<1>();
+  if constexpr (std::is_same_v<T, float>) {
+    if (experts <= 1 * kWarpSize) return run.template operator()<1>();
+    if (experts > 2 * kWarpSize && experts <= 4 * kWarpSize) return run.template operator()<4>();
+    if (experts > 8 * kWarpSize && experts <= 16 * kWarpSize) return run.template operator()<16>();
+  }
   if (experts <= 2 * kWarpSize) return run.template operator()<2>();
-  if (experts <= 4 * kWarpSize) return run.template operator()<4>();
   if (experts <= 8 * kWarpSize) return run.template operator()<8>();
-  if (experts <= 16 * kWarpSize) return run.template operator()<16>();
   run.template operator()<32>();
 }
 
@@ -275,7 +277,7 @@ template <class T>
 void forward(const MoeGateArgs& a, const Launch& launch) {
   const std::int64_t tokens = a.logits.size(0), experts = a.logits.size(1);
   const bool capacity_follows = a.capacity_rows >= 0;
-  with_registers_for(experts, [&]<int kPerLane>() {
+  with_registers_for<T>(experts, [&]<int kPerLane>() {
     cuda::launch("moe_gate", moe_gate_cuda_kernel<T, kPerLane>, grid_for(tokens), dim3(kWarpSize, kTokensPerBlock), 0,
                  launch, a.logits.as<const T>(), a.logits.stride[0], a.bias ? a.bias.as<const float>() : nullptr,
                  HashTable(a), a.scoring, capacity_follows ? Normalize::none : a.normalize,
@@ -289,7 +291,7 @@ void forward(const MoeGateArgs& a, const Launch& launch) {
 template <class T>
 void backward(const MoeGateBackwardArgs& a, const Launch& launch) {
   const std::int64_t tokens = a.logits.size(0), experts = a.logits.size(1);
-  with_registers_for(experts, [&]<int kPerLane>() {
+  with_registers_for<T>(experts, [&]<int kPerLane>() {
     cuda::launch("moe_gate_backward", moe_gate_backward_cuda_kernel<T, kPerLane>, grid_for(tokens),
                  dim3(kWarpSize, kTokensPerBlock), 0, launch, a.dweights.as<const T>(), a.logits.as<const T>(),
                  a.logits.stride[0], a.indices.as<const std::int32_t>(), a.scoring, a.normalize,

@@ -1,8 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Bound by memory. The work is one list of items, token after token and head after head: first those that copy one pack
 // of the untouched part, then those that rotate as many pairs as a pack has elements, which are two packs. A block
-// takes the same number of items whatever the shape. The rotations of its tokens are computed once for all heads and
-// kept in shared memory; with one head, which uses each rotation once, every thread computes its own.
+// takes the same number of items whatever the shape. It first computes the rotations it needs into a table in shared
+// memory: those of its tokens, used by all heads, or, where a head has too many, those of its items.
 #include <limits>
 
 #include "src/cpu/visit_dtype.h"
@@ -19,7 +19,9 @@ using cuda::Pack;
 constexpr int kThreads = 256;
 constexpr int kItemsPerThread = 2;  // loaded before the first is used
 constexpr int kItemsPerBlock = kThreads * kItemsPerThread;
-constexpr std::size_t kMaxTableBytes = 40 * 1024;
+// The table may be this much larger than one entry per pair of the block's items, if that saves computing a rotation
+// for every head; either way it stays below the 48 KB that every device gives.
+constexpr std::int64_t kSpareEntries = 1024;
 
 /// [tokens, heads, d] with the last dimension contiguous.
 template <class T>
@@ -64,7 +66,7 @@ struct Rotations {
 template <class T, int W, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads)
     rope_cuda_kernel(Heads<const T> x, Heads<T> y, Rotations<Compute<T>> rotations, Items items, int copied, int pairs,
-                     bool use_table) {
+                     bool table_of_tokens) {
   using A = Compute<T>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto* table = reinterpret_cast<Rotation<A>*>(shared_bytes);
@@ -75,9 +77,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto count = static_cast<std::uint32_t>(min(std::int64_t{kItemsPerBlock}, items.total - begin));
 
   struct Item {
-    const T* from;
     T* to;
-    std::uint32_t token, pair;  // token from the block's first; pair: the first of W, not meaningful for a copy
+    std::uint32_t rotation;  // of its first pair in the table
     bool rotates;
     Pack<T, W> a, b;
   } held[kItemsPerThread];
@@ -88,26 +89,30 @@ __global__ void __launch_bounds__(kThreads)
     const std::uint32_t index = i * kThreads + threadIdx.x;
     if (index >= count) continue;
     Item& item = held[i];
-    item.token = (skipped + index) / items.per_token;
-    const std::uint32_t in_token = skipped + index - item.token * items.per_token;
+    const std::uint32_t token = (skipped + index) / items.per_token;
+    const std::uint32_t in_token = skipped + index - token * items.per_token;
     const std::uint32_t head = in_token / items.per_head, in_head = in_token - head * items.per_head;
     item.rotates = in_head >= items.copies;
-    item.pair = (in_head - items.copies) * W;
-    const int offset = !item.rotates ? in_head * W : copied + item.pair * (kInterleaved ? 2 : 1);
-    item.from = x.at(first_token + item.token, head) + offset;
-    item.to = y.at(first_token + item.token, head) + offset;
-    item.a = cuda::load_pack<W>(item.from);
-    if (item.rotates) item.b = cuda::load_pack<W>(item.from + partner);
+    const int pair = (in_head - items.copies) * W;
+    const int offset = !item.rotates ? in_head * W : copied + pair * (kInterleaved ? 2 : 1);
+    const T* from = x.at(first_token + token, head) + offset;
+    item.to = y.at(first_token + token, head) + offset;
+    item.a = cuda::load_pack<W>(from);
+    if (!item.rotates) continue;
+    item.b = cuda::load_pack<W>(from + partner);
+    item.rotation = table_of_tokens ? token * pairs + pair : index * W;
+    if (table_of_tokens) continue;
+#pragma unroll 1
+    for (int j = 0; j < W; ++j) table[item.rotation + j] = rotations(first_token + token, pair + j);
   }
-
-  if (use_table) {
+  if (table_of_tokens) {
     const std::uint32_t tokens = (skipped + count - 1) / items.per_token + 1;
     for (std::uint32_t i = threadIdx.x; i < tokens * pairs; i += kThreads) {
       const std::uint32_t token = i / pairs;
       table[i] = rotations(first_token + token, i - token * pairs);
     }
-    __syncthreads();
   }
+  __syncthreads();
 
 #pragma unroll
   for (int i = 0; i < kItemsPerThread; ++i) {
@@ -124,11 +129,8 @@ __global__ void __launch_bounds__(kThreads)
       v[W + j] = cuda::widened(item.b.at[j]);
     }
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      const int pair = item.pair + j;
-      const Rotation<A> r = use_table ? table[item.token * pairs + pair] : rotations(first_token + item.token, pair);
-      rotate(r, v[kInterleaved ? 2 * j : j], v[kInterleaved ? 2 * j + 1 : W + j]);
-    }
+    for (int j = 0; j < W; ++j)
+      rotate(table[item.rotation + j], v[kInterleaved ? 2 * j : j], v[kInterleaved ? 2 * j + 1 : W + j]);
     A low[W], high[W];
 #pragma unroll
     for (int j = 0; j < W; ++j) {
@@ -148,13 +150,15 @@ void launch_rope(const RopeArgs& a, const Launch& launch) {
   if (items.total == 0) return;
   const int pairs = static_cast<int>(a.inv_freq.size(0)), copied = static_cast<int>(a.x.size(2)) - 2 * pairs;
   // A block's items can begin and end inside a token.
-  const std::size_t table_bytes = (kItemsPerBlock / items.per_token + 2) * sizeof(Rotation<A>) * pairs;
-  const bool use_table = a.x.size(1) > 1 && table_bytes <= kMaxTableBytes;
+  const std::int64_t tokens_entries = std::int64_t{kItemsPerBlock / items.per_token + 2} * pairs;
+  const std::int64_t items_entries = std::int64_t{kItemsPerBlock} * W;
+  const bool table_of_tokens = tokens_entries <= items_entries + kSpareEntries;
   cuda::launch("rope", rope_cuda_kernel<T, W, kInterleaved>,
                dim3(cuda::ceil_div<std::int64_t>(items.total, kItemsPerBlock)), dim3(kThreads),
-               use_table ? table_bytes : 0, launch, Heads<const T>(a.x), Heads<T>(a.y),
+               sizeof(Rotation<A>) * (table_of_tokens ? tokens_entries : items_entries), launch, Heads<const T>(a.x),
+               Heads<T>(a.y),
                Rotations<A>{a.positions.as<const std::int64_t>(), a.inv_freq.as<const float>(), a.inverse}, items,
-               copied, pairs, use_table);
+               copied, pairs, table_of_tokens);
 }
 
 template <class T, int W>

@@ -1,8 +1,10 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "dsm/attention.h"
@@ -73,6 +75,18 @@ TEST(FlashAttn, GroupsOfQueryHeadsShareAKeyHead) {
   }
 }
 
+TEST(FlashAttn, OneKeyHeadServesMoreQueryHeadsThanATileHasScores) {
+  constexpr std::int64_t kHeads = 40000;
+  const std::vector<float> q(kHeads, 1.f), k = {0, 0, 0}, v = {1, 2, 6};
+  std::vector<float> out(kHeads, kNaN), lse(kHeads, kNaN);
+  flash_attn({.q = {q.data(), DType::float32, {1, 1, kHeads, 1}},
+              .k = {k.data(), DType::float32, {1, 3, 1, 1}},
+              .v = {v.data(), DType::float32, {1, 3, 1, 1}},
+              .out = {out.data(), DType::float32, {1, 1, kHeads, 1}},
+              .lse = {lse.data(), DType::float32, {1, kHeads, 1}}});
+  for (float x : out) ASSERT_FLOAT_EQ(x, 3.f);
+}
+
 TEST(FlashAttn, VarlenReadsOnlyItsSequences) {
   // Rows: two outside, sequences of 1 and 2 keys with 1 and 3 queries, one row outside.
   std::vector<float> q(7, 1.f), k = {kNaN, kNaN, 0, 0, 0, kNaN}, v = {kNaN, kNaN, 10, 20, 30, kNaN};
@@ -114,6 +128,90 @@ TEST(FlashAttnBackward, UniformScores) {
   for (double x : dk) EXPECT_NEAR(x, 0, 1e-15);
   // Σ_j p dout (v_j − mean) k_j · scale = ¼ · 2 · (−2·0 − 2·1 + 2·2 + 2·3) · ½
   for (double x : dq) EXPECT_NEAR(x, 2, 1e-15);
+}
+
+/// One head by plain loops in double: out, lse, and the gradients for dout = 1 and dlse = 0.
+struct Plain {
+  std::vector<double> out, lse, dq, dk, dv;
+
+  Plain(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v, std::int64_t s_q,
+        std::int64_t s_kv, std::int64_t d, bool causal)
+      : out(s_q * d), lse(s_q), dq(s_q * d), dk(s_kv * d), dv(s_kv * d) {
+    for (std::int64_t i = 0; i < s_q; ++i) {
+      std::vector<double> p;
+      for (std::int64_t j = 0; j < (causal ? std::max<std::int64_t>(i + 1 + s_kv - s_q, 0) : s_kv); ++j) {
+        double s = 0;
+        for (std::int64_t c = 0; c < d; ++c) s += static_cast<double>(q[i * d + c]) * k[j * d + c];
+        p.push_back(std::exp(s));
+      }
+      const double sum = std::accumulate(p.begin(), p.end(), 0.0);
+      lse[i] = std::log(sum);
+      double delta = 0;
+      for (std::size_t j = 0; j < p.size(); ++j) p[j] /= sum;
+      for (std::size_t j = 0; j < p.size(); ++j)
+        for (std::int64_t c = 0; c < d; ++c) out[i * d + c] += p[j] * v[j * d + c];
+      for (std::int64_t c = 0; c < d; ++c) delta += out[i * d + c];
+      for (std::size_t j = 0; j < p.size(); ++j) {
+        double ds = -delta;
+        for (std::int64_t c = 0; c < d; ++c) ds += v[j * d + c];
+        ds *= p[j];
+        for (std::int64_t c = 0; c < d; ++c) {
+          dq[i * d + c] += ds * k[j * d + c];
+          dk[j * d + c] += ds * q[i * d + c];
+          dv[j * d + c] += p[j];
+        }
+      }
+    }
+  }
+};
+
+/// `scale` is the size of the terms where sums of them cancel.
+void expect_near(const std::vector<float>& result, const std::vector<double>& truth, double scale = 0) {
+  double worst = 0;
+  for (double x : truth) scale = std::isfinite(x) ? std::max(scale, std::abs(x)) : scale;
+  for (std::size_t i = 0; i < truth.size(); ++i)
+    if (result[i] != truth[i]) worst = std::max(worst, std::abs(result[i] - truth[i]) / scale);
+  EXPECT_LE(worst, 1e-5);
+}
+
+TEST(FlashAttn, AgreesWithPlainLoops) {
+  struct Case {
+    std::int64_t s_q, s_kv, d;
+  };
+  for (const auto& [s_q, s_kv, d] : {Case{1, 1, 1}, {65, 63, 3}, {64, 129, 16}, {70, 300, 17}, {2, 16400, 5}}) {
+    for (bool causal : {false, true}) {
+      const auto draw = [](std::int64_t n, float step) {
+        std::vector<float> x(n);
+        for (std::int64_t i = 0; i < n; ++i) x[i] = std::sin(step * static_cast<float>(i));
+        return x;
+      };
+      const std::vector<float> q = draw(s_q * d, 0.7f), k = draw(s_kv * d, 1.3f), v = draw(s_kv * d, 0.3f);
+      const std::vector<float> dout(s_q * d, 1.f);
+      std::vector<float> out(s_q * d, kNaN), lse(s_q, kNaN), dq(s_q * d, kNaN), dk(s_kv * d, kNaN), dv(s_kv * d, kNaN);
+      const auto rows = [d = d](const std::vector<float>& x) {
+        return TensorView(x.data(), DType::float32, {1, static_cast<std::int64_t>(x.size()) / d, 1, d});
+      };
+      const TensorView statistics(lse.data(), DType::float32, {1, 1, s_q});
+      flash_attn({.q = rows(q), .k = rows(k), .v = rows(v), .causal = causal, .out = rows(out), .lse = statistics});
+      flash_attn_backward({.dout = rows(dout),
+                           .q = rows(q),
+                           .k = rows(k),
+                           .v = rows(v),
+                           .out = rows(out),
+                           .lse = statistics,
+                           .causal = causal,
+                           .dq = rows(dq),
+                           .dk = rows(dk),
+                           .dv = rows(dv)});
+      const Plain plain(q, k, v, s_q, s_kv, d, causal);
+      SCOPED_TRACE(testing::Message() << s_q << " queries, " << s_kv << " keys, d " << d << ", causal " << causal);
+      expect_near(lse, plain.lse);
+      expect_near(out, plain.out, 1);
+      expect_near(dq, plain.dq, 1);
+      expect_near(dk, plain.dk);
+      expect_near(dv, plain.dv);
+    }
+  }
 }
 
 TEST(FlashAttn, RefusesBeforeWriting) {

@@ -84,6 +84,15 @@ TEST(Check, AlignedLooksAtTheAddress) {
   EXPECT_EQ(message_of([&] { check.aligned("x", {}, 16); }), "");
 }
 
+TEST(Check, WorkspaceLooksAtPresenceAndSize) {
+  EXPECT_EQ(message_of([] { check.workspace({}, 0); }), "");
+  EXPECT_EQ(message_of([] { check.workspace({.workspace = bytes, .workspace_bytes = 8}, 8); }), "");
+  EXPECT_EQ(message_of([] { check.workspace({.workspace = bytes, .workspace_bytes = 8}, 9); }),
+            "op: workspace must be of at least 9 bytes, got 8");
+  EXPECT_EQ(message_of([] { check.workspace({.workspace_bytes = 8}, 8); }),
+            "op: workspace must be of at least 8 bytes, got 0");
+}
+
 TEST(Check, ThatPrintsTextAndNumbers) {
   EXPECT_EQ(message_of([] { check.that(true, "k", "positive", 3); }), "");
   EXPECT_EQ(message_of([] { check.that(false, "k", "positive", std::int64_t{-3}); }), "op: k must be positive, got -3");

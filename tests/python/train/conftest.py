@@ -10,7 +10,7 @@ from ds_flashdmla_moe.config import LanguageModelConfig, TrainSettings
 from ds_flashdmla_moe.train import Corpus, load_corpus
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small lose by threads, much so when the machine is busy."""
     before = torch.get_num_threads()
@@ -34,5 +34,5 @@ def settings() -> TrainSettings:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     text = tmp_path_factory.mktemp("corpus") / "text.txt"
-    text.write_bytes(b"the quick brown fox jumps over the lazy dog, and the dog is not amused. " * 40)
+    text.write_bytes(b"the quick brown fox jumps over the lazy dog, and the dog is not amused.\n" * 40)
     return load_corpus([text])

@@ -29,7 +29,7 @@ def test_cache_gives_the_same_bytes_as_recomputation(model: LanguageModel, promp
     """60 bytes pass the context of 16 several times; the last prompt is longer than the context by itself."""
     cached = bytes(generate(model, prompt, 60))
     assert cached == bytes(generate(model, prompt, 60, cached=False))
-    assert len(set(cached)) > 3
+    assert len(set(cached)) > 3, cached
 
 
 def test_cached_logits_equal_whole_sequence_logits(model: LanguageModel) -> None:
