@@ -11,16 +11,18 @@ import ds_flashdmla_moe as dsm
 from threads import assert_same_bits
 from tolerance import FLOATING, assert_close
 
-# Rows per expert; the last number is rows behind the last expert's.
-COUNTS = [
-    (3, 0, 5, 1, 2),
-    (0, 0, 40, 0, 0),  # one expert takes everything
-    (0, 0, 0, 7),  # nobody takes anything
-    (191, 193, 0, 1, 3),  # about one tile of rows
-    (0,),  # no experts
-    (0, 0),
+# (rows per expert and, last, behind the last expert's; n; k)
+CASES = [
+    ((3, 0, 5, 1, 2), 1, 1),
+    ((3, 0, 5, 1, 2), 7, 5),
+    ((3, 0, 5, 1, 2), 300, 33),  # more than one tile of columns
+    ((0, 0, 40, 0, 0), 64, 257),  # one expert takes everything
+    ((0, 0, 0, 7), 7, 5),  # nobody takes anything
+    ((191, 193, 0, 1, 3), 30, 33),  # about one tile of rows
+    ((191, 193, 0, 1, 3), 257, 2),
+    ((0,), 7, 5),  # no experts
+    ((0, 0), 7, 5),
 ]
-SIZES = [(1, 1), (7, 5), (64, 257), (300, 33)]  # (n, k)
 
 
 def offsets_of(counts: tuple[int, ...]) -> Tensor:
@@ -37,10 +39,9 @@ def truth(a: Tensor, b: Tensor, offsets: Tensor, transpose_b: bool) -> Tensor:
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("transpose_b", [True, False])
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize(("counts", "n", "k"), CASES, ids=str)
 def test_forward_and_backward_match_float64(
-    n: int, k: int, counts: tuple[int, ...], transpose_b: bool, dtype: torch.dtype
+    counts: tuple[int, ...], n: int, k: int, transpose_b: bool, dtype: torch.dtype
 ) -> None:
     rows, experts, offsets = sum(counts), len(counts) - 1, offsets_of(counts)
     a = torch.randn(rows, k).to(dtype)
