@@ -235,13 +235,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   m.def(
       "moe_gate(Tensor logits, int topk, Tensor? bias, Tensor? token_ids, Tensor? tid2eid, str scoring, str normalize, "
-      "float routed_scaling_factor, int n_group, int topk_group, int capacity_rows) -> (Tensor weights, Tensor "
+      "float routed_scaling_factor, int n_group, int topk_group, SymInt capacity_rows) -> (Tensor weights, Tensor "
       "indices)");
   m.def(
       "moe_gate_backward(Tensor dweights, Tensor logits, Tensor indices, str scoring, str normalize, "
       "float routed_scaling_factor) -> Tensor dlogits");
   m.def(
-      "moe_permute(Tensor x, Tensor indices, int experts) -> "
+      "moe_permute(Tensor x, Tensor indices, SymInt experts) -> "
       "(Tensor rows, Tensor expert_offsets, Tensor row_of_slot, Tensor slot_of_row)");
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool transpose_b) -> Tensor c");
   m.def(

@@ -209,8 +209,10 @@ def _route(
             raise ValueError(f"{name}: token_ids must have one id for each of {tokens} tokens, got {token_ids.numel()}")
         token_ids = token_ids.reshape(-1).long()
     wide = accumulator_dtype(X)
+    with torch.autocast(X.device.type, enabled=False):  # which would round the logits
+        logits = x.to(wide) @ weights.gate.to(wide).T
     weight_of_pair, indices = ops.moe_gate(
-        x.to(wide) @ weights.gate.to(wide).T,
+        logits,
         topk,
         bias=weights.gate_bias,
         scoring=scoring,
