@@ -53,7 +53,7 @@ class LanguageModelConfig:
     hidden: int = _setting(128, "Width of the residual stream.", least=1)
     heads: int = _setting(4, "Attention heads.", least=1)
     head_dim: int = _setting(32, "Width of a head; even.", least=2)
-    d_lat: int = _setting(32, "Rank of a head's latent keys and values.", least=1)
+    d_lat: int = _setting(16, "Rank of a head's latent keys and values.", least=1)
     experts: int = _setting(8, "Routed experts per layer.", least=1)
     topk: int = _setting(2, "Routed experts per byte.", least=1)
     intermediate: int = _setting(128, "Inner width of a routed expert.", least=1)
