@@ -40,6 +40,14 @@ inline int multiprocessors(const char* operation) {
   return count;
 }
 
+/// Lets a kernel use more shared memory than the 48 KB that need no asking.
+template <class... Parameters>
+void allow_shared_bytes(const char* operation, void (*kernel)(Parameters...), std::size_t shared_bytes) {
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          operation);
+}
+
 /// Blocks of a kernel that run at the same time on the whole device: the grid of a kernel that loops over its work.
 template <class... Parameters>
 int resident_blocks(const char* operation, void (*kernel)(Parameters...), int threads, std::size_t shared_bytes) {

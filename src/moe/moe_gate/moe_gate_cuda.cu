@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // One warp per token: lane l holds the logits of experts l, l + 32, l + 64 ... in registers. Bound by instructions, not
-// by memory: each selected expert is one search through the lane's registers and one exchange between lanes.
+// by memory: each selected expert is one search through the lane's registers, on integer units of half the rate, and
+// two exchanges between lanes. The backward kernel, which does not search, is bound by memory and by latency.
 #include <limits>
 #include <type_traits>
 
@@ -25,7 +26,7 @@ constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
 /// A token's logits over the warp, with what its scores need.
 template <class T, int kPerLane>
 struct Logits {
-  T value[kPerLane];       ///< of expert lane + 32 · i; -inf beyond the last
+  T value[kPerLane];       ///< of expert lane + 32 · i, -inf beyond the last; softmax: exp(logit - maximum)
   T largest, inverse_sum;  ///< softmax: maximum, and 1 / Σ exp(logit - maximum)
   bool valid;              ///< every logit has a score
   Scoring scoring;
@@ -47,7 +48,10 @@ struct Logits {
     valid = valid && largest > -kInfinity<T>;
     T sum = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) sum += exp(value[i] - largest);
+    for (int i = 0; i < kPerLane; ++i) {
+      value[i] = exp(value[i] - largest);
+      sum += value[i];
+    }
     inverse_sum = 1 / cuda::lane_group_sum(sum);
   }
 
@@ -59,6 +63,21 @@ struct Logits {
         return sigmoid(logit);
       default:
         return sqrt_softplus(logit);
+    }
+  }
+
+  /// The scores of the lane's experts.
+  __device__ void scores(T (&to)[kPerLane]) const {
+    // The choice stands outside of the loops, which then have no branches and overlap.
+    if (scoring == Scoring::softmax) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) to[i] = value[i] * inverse_sum;
+    } else if (scoring == Scoring::sigmoid) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) to[i] = sigmoid(value[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) to[i] = sqrt_softplus(value[i]);
     }
   }
 
@@ -85,11 +104,12 @@ struct Candidates {
                         int topk_group) {
     const int lane = threadIdx.x, group_size = experts / n_group;
     T value[kPerLane];
+    logits.scores(value);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int expert = lane + kWarpSize * i;
       // Adding 0 turns -0 into +0: the two are one value here.
-      value[i] = expert < experts ? logits.score(logits.value[i]) + (bias ? static_cast<T>(bias[expert]) : T(0)) : T(0);
+      value[i] += bias && expert < experts ? static_cast<T>(bias[expert]) : T(0);
       key[i] = expert < experts ? cuda::ordered_key(value[i]) : Key(0);
     }
     if (n_group == 1) return;
@@ -101,15 +121,15 @@ struct Candidates {
 
   /// The best expert left, the smaller one of equals; it is taken out.
   __device__ int take() {
-    Key best = 0;
-    int at = 0;
+    Key best = key[0];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (key[i] > best) {
-        best = key[i];
-        at = i;
-      }
-    const int expert = cuda::warp_argmax(best, threadIdx.x + kWarpSize * at);
+    for (int i = 1; i < kPerLane; ++i) best = max(best, key[i]);
+    best = cuda::warp_max_key(best);
+    unsigned mine = ~0u;
+#pragma unroll
+    for (int i = kPerLane - 1; i >= 0; --i)
+      if (key[i] == best) mine = threadIdx.x + kWarpSize * i;
+    const int expert = static_cast<int>(__reduce_min_sync(cuda::kAllLanes, mine));
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
       if (expert == threadIdx.x + kWarpSize * i) key[i] = 0;
@@ -239,22 +259,22 @@ __global__ void __launch_bounds__(kWarpSize* kTokensPerBlock)
   const T pull_of_all = scoring == Scoring::softmax ? cuda::lane_group_sum(ds * s) : T(0);
   const T gradient = selected && known ? ds * row.slope(logit) : T(0);
 
-  T result[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i)
-    result[i] = scoring == Scoring::softmax ? -pull_of_all * row.score(row.value[i]) : T(0);
-  for (int slot = 0; slot < topk; ++slot) {
-    const int e = __shfl_sync(cuda::kAllLanes, expert, slot);
-    const T g = __shfl_sync(cuda::kAllLanes, gradient, slot);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      if (e == lane + kWarpSize * i) result[i] += g;
-  }
+  T* row_gradient = dlogits + token * experts;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int e = lane + kWarpSize * i;
-    if (e < experts) dlogits[token * experts + e] = valid ? result[i] : kNan<T>;
+    const T through_sum = scoring == Scoring::softmax ? -pull_of_all * (row.value[i] * row.inverse_sum) : T(0);
+    if (e < experts) row_gradient[e] = valid ? through_sum : kNan<T>;
   }
+  // Over these go the selected ones. Slots with the same expert, which a hash table may have, all make the same sum.
+  T total = scoring == Scoring::softmax ? -pull_of_all * s : T(0);
+  for (int slot = 0; slot < topk; ++slot) {
+    const int e = __shfl_sync(cuda::kAllLanes, expert, slot);
+    const T g = __shfl_sync(cuda::kAllLanes, gradient, slot);
+    if (e == expert) total += g;
+  }
+  __syncwarp();
+  if (selected && valid) row_gradient[expert] = total;
 }
 
 /// Calls run.operator()<kPerLane>() with registers for all experts. float64 is there for testing: three sizes do.

@@ -1,10 +1,12 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Bound by memory. A row is handled by as many threads as hold it in registers, so that it is read once; what does not
-// fit is read again, from the L2 cache. The backward kernel's blocks stay for many rows: a thread always sees the same
-// columns and sums their dweight in registers; a second kernel adds up the blocks' sums in a fixed order.
+// Bound by memory, if the loads of the next row are in flight while a row waits for its sum: the blocks stay for many
+// rows, and fetch one row ahead. A row is handled by as many threads as hold it in registers, so that it is read once;
+// what does not fit is read again, from the L2 cache. In the backward kernel a thread always sees the same columns and
+// sums their dweight in registers; a second kernel adds up the blocks' sums in a fixed order.
 #include <algorithm>
 
 #include "src/cpu/visit_dtype.h"
+#include "src/cuda/copy/ahead.cuh"
 #include "src/cuda/copy/pack.cuh"
 #include "src/cuda/launch/launch.h"
 #include "src/cuda/reduce/row_sum.cuh"
@@ -18,6 +20,7 @@ using cuda::Pack;
 constexpr int kHeld = 2;               // packs of a row that a thread holds in registers
 constexpr int kShortRowThreads = 256;  // of a block that handles several rows
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxBackwardThreads = 896;  // with 72 registers each
 
 /// The rows of a matrix whose last dimension is contiguous.
 template <class T>
@@ -55,11 +58,11 @@ struct RowLayout {
   std::int64_t row_groups;  ///< of block.y rows
   bool held;                ///< a row fits into kHeld packs per thread
 
-  RowLayout(std::int64_t rows, std::int64_t hidden, int pack) {
+  RowLayout(std::int64_t rows, std::int64_t hidden, int pack, unsigned max_threads) {
     const std::int64_t wanted = cuda::ceil_div<std::int64_t>(hidden, std::int64_t{pack} * kHeld);
     unsigned threads = 1;
     while (threads < wanted && threads < cuda::kWarpSize) threads *= 2;
-    while (threads < wanted && threads < kMaxThreads) threads += cuda::kWarpSize;
+    while (threads < wanted && threads < max_threads) threads += cuda::kWarpSize;
     block = dim3(threads, threads > cuda::kWarpSize ? 1 : kShortRowThreads / threads);
     row_groups = cuda::ceil_div<std::int64_t>(rows, block.y);
     held = wanted <= threads;
@@ -73,67 +76,97 @@ __global__ void __launch_bounds__(kMaxThreads)
   using A = Compute<T>;
   __shared__ typename cuda::RowSum<A>::Storage storage;
   cuda::RowSum<A> row_sum(storage);
-  const std::int64_t row = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  const int first = threadIdx.x * W, step = blockDim.x * W;
-  const int end = row < rows ? hidden : 0;  // threads without a row still take part in the sum
-
-  Pack<T, W> held[kHeld];
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const int first = threadIdx.x * W, step = blockDim.x * W, threads = blockDim.x * blockDim.y;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const auto slot = [&](int i) { return reinterpret_cast<Pack<T, W>*>(shared_bytes) + i * threads + thread; };
+  const auto fetch = [&](std::int64_t row) {
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (first + i * step < end) held[i] = cuda::load_pack<W>(x[row] + first + i * step);
-
-  A squares = 0;
-  const auto add_squares = [&](const Pack<T, W>& pack) {
-#pragma unroll
-    for (const T& element : pack.at) squares += cuda::widened(element) * cuda::widened(element);
+    for (int i = 0; i < kHeld; ++i)
+      if (row < rows && first + i * step < hidden) cuda::fetch_pack(slot(i), x[row] + first + i * step);
   };
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (first + i * step < end) add_squares(held[i]);
-  for (int column = first + kHeld * step; column < end; column += step)
-    add_squares(cuda::load_pack<W>(x[row] + column));
-  const A rstd = 1 / sqrt(row_sum(squares) / hidden + eps);
 
-  const auto normalise = [&](const Pack<T, W>& pack, int column) {
-    A w[W];
-    weight.load(column, w);
+  const unsigned row_step = gridDim.x * blockDim.y;
+  std::int64_t row = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  fetch(row);
+  for (; row - threadIdx.y < rows; row += row_step) {
+    const int end = row < rows ? hidden : 0;  // threads without a row still take part in the sum
+    Pack<T, W> held[kHeld];
+    cuda::await_fetched();
 #pragma unroll
-    for (int j = 0; j < W; ++j) w[j] = cuda::widened(pack.at[j]) * rstd * w[j];
-    cuda::store_narrowed(y[row] + column, w);
-  };
+    for (int i = 0; i < kHeld; ++i)
+      if (first + i * step < end) held[i] = *slot(i);
+    fetch(row + row_step);
+
+    A squares = 0;
+    const auto add_squares = [&](const Pack<T, W>& pack) {
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (first + i * step < end) normalise(held[i], first + i * step);
-  for (int column = first + kHeld * step; column < end; column += step)
-    normalise(cuda::load_pack<W>(x[row] + column), column);
-  if (threadIdx.x == 0 && row < rows) rstds[row] = rstd;
+      for (const T& element : pack.at) squares += cuda::widened(element) * cuda::widened(element);
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (first + i * step < end) add_squares(held[i]);
+    for (int column = first + kHeld * step; column < end; column += step)
+      add_squares(cuda::load_pack<W>(x[row] + column));
+    const A rstd = 1 / sqrt(row_sum(squares) / hidden + eps);
+
+    const auto normalise = [&](const Pack<T, W>& pack, int column) {
+      A w[W];
+      weight.load(column, w);
+#pragma unroll
+      for (int j = 0; j < W; ++j) w[j] = cuda::widened(pack.at[j]) * rstd * w[j];
+      cuda::store_narrowed(y[row] + column, w);
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (first + i * step < end) normalise(held[i], first + i * step);
+    for (int column = first + kHeld * step; column < end; column += step)
+      normalise(cuda::load_pack<W>(x[row] + column), column);
+    if (threadIdx.x == 0 && row < rows) rstds[row] = rstd;
+  }
 }
 
-/// dx, and in `partials` [gridDim.x, hidden] each block's sum of dweight over its rows when partials is given; the row
-/// must fit into the held packs then.
-template <class T, int W>
-__global__ void __launch_bounds__(kMaxThreads)
+/// dx, and, with rows that fit into the held packs, in `partials` [gridDim.x, hidden] each block's sum of dweight over
+/// its rows when partials is given.
+template <class T, int W, bool kFits>
+__global__ void __launch_bounds__(kMaxBackwardThreads)
     rms_norm_backward_cuda_kernel(Rows<const T> dy, Rows<const T> x, Weight<T> weight, const Compute<T>* rstds,
                                   Rows<T> dx, Compute<T>* partials, std::int64_t rows, int hidden) {
   using A = Compute<T>;
   __shared__ typename cuda::RowSum<A>::Storage storage;
   cuda::RowSum<A> row_sum(storage);
-  const int first = threadIdx.x * W, step = blockDim.x * W;
-  A dweight[kHeld][W] = {};
-
-  const std::int64_t groups = (rows + blockDim.y - 1) / blockDim.y;
-  for (std::int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
-    const std::int64_t row = group * blockDim.y + threadIdx.y;
-    const int end = row < rows ? hidden : 0;
-    Pack<T, W> held_dy[kHeld], held_x[kHeld];
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  const int first = threadIdx.x * W, step = blockDim.x * W, threads = blockDim.x * blockDim.y;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const auto slot = [&](int i) { return reinterpret_cast<Pack<T, W>*>(shared_bytes) + i * threads + thread; };
+  A dweight[kHeld][W] = {}, next_rstd = 0;
+  const auto fetch = [&](std::int64_t row) {
+    if (row >= rows) return;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int column = first + i * step;
-      if (column >= end) continue;
-      held_dy[i] = cuda::load_pack<W>(dy[row] + column);
-      held_x[i] = cuda::load_pack<W>(x[row] + column);
+      if (column >= hidden) continue;
+      cuda::fetch_pack(slot(2 * i), dy[row] + column);
+      cuda::fetch_pack(slot(2 * i + 1), x[row] + column);
     }
-    const A rstd = row < rows ? rstds[row] : A(0);
+    next_rstd = rstds[row];
+  };
+
+  const unsigned row_step = gridDim.x * blockDim.y;
+  std::int64_t row = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  fetch(row);
+  for (; row - threadIdx.y < rows; row += row_step) {
+    const int end = row < rows ? hidden : 0;
+    Pack<T, W> held_dy[kHeld], held_x[kHeld];
+    const A rstd = next_rstd;
+    cuda::await_fetched();
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * step >= end) continue;
+      held_dy[i] = *slot(2 * i);
+      held_x[i] = *slot(2 * i + 1);
+    }
+    fetch(row + row_step);
 
     A dot = 0;
     const auto add_dot = [&](const Pack<T, W>& d, const Pack<T, W>& v, int column) {
@@ -145,7 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
       if (first + i * step < end) add_dot(held_dy[i], held_x[i], first + i * step);
-    for (int column = first + kHeld * step; column < end; column += step)
+    for (int column = first + kHeld * step; !kFits && column < end; column += step)
       add_dot(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), column);
     const A pull = row_sum(dot) / hidden * rstd * rstd;
 
@@ -161,16 +194,16 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (first + i * step >= end) continue;
       store_dx(held_dy[i], held_x[i], first + i * step);
 #pragma unroll
-      for (int j = 0; j < W; ++j)
+      for (int j = 0; kFits && j < W; ++j)
         dweight[i][j] += cuda::widened(held_dy[i].at[j]) * (cuda::widened(held_x[i].at[j]) * rstd);
     }
-    for (int column = first + kHeld * step; column < end; column += step)
+    for (int column = first + kHeld * step; !kFits && column < end; column += step)
       store_dx(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), column);
   }
-  if (!partials) return;
+  if (!kFits || !partials) return;
 
-  // [blockDim.y, columns that the block's threads hold]
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  // [blockDim.y, columns that the block's threads hold], in place of the slots.
+  __syncthreads();
   A* sums = reinterpret_cast<A*>(shared_bytes);
   const int columns = step * kHeld;
 #pragma unroll
@@ -217,10 +250,17 @@ __global__ void rms_norm_dweight_sum_cuda_kernel(const A* partials, int count, i
 template <class T, int W>
 void forward(const RmsNormArgs& a, const Launch& launch) {
   const std::int64_t rows = a.x.size(0);
-  const RowLayout layout(rows, a.x.size(1), W);
-  cuda::launch("rms_norm", rms_norm_cuda_kernel<T, W>, dim3(layout.row_groups), layout.block, 0, launch,
-               Rows<const T>(a.x), Weight<T>(a.weight), Rows<T>(a.y), a.rstd.as<Compute<T>>(), rows,
-               static_cast<int>(a.x.size(1)), static_cast<Compute<T>>(a.eps));
+  if (rows == 0) return;
+  const char* name = "rms_norm";
+  const RowLayout layout(rows, a.x.size(1), W, kMaxThreads);
+  const int threads = layout.block.x * layout.block.y;
+  const std::size_t shared = sizeof(Pack<T, W>) * kHeld * threads;
+  cuda::allow_shared_bytes(name, rms_norm_cuda_kernel<T, W>, shared);
+  const int resident = cuda::resident_blocks(name, rms_norm_cuda_kernel<T, W>, threads, shared);
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(layout.row_groups, resident));
+  cuda::launch(name, rms_norm_cuda_kernel<T, W>, dim3(blocks), layout.block, shared, launch, Rows<const T>(a.x),
+               Weight<T>(a.weight), Rows<T>(a.y), a.rstd.as<Compute<T>>(), rows, static_cast<int>(a.x.size(1)),
+               static_cast<Compute<T>>(a.eps));
 }
 
 /// Makes dx and, when asked for, partial sums of dweight; returns how many.
@@ -231,16 +271,18 @@ int backward_rows(const RmsNormBackwardArgs& a, const Launch& launch) {
   const std::int64_t rows = a.x.size(0);
   const int hidden = static_cast<int>(a.x.size(1));
   if (rows == 0 || hidden == 0) return 0;
-  const RowLayout layout(rows, hidden, W);
+  const RowLayout layout(rows, hidden, W, kMaxBackwardThreads);
   const int threads = layout.block.x * layout.block.y;
-  const bool sums_held = a.dweight && layout.held;
-  const std::size_t shared = sums_held ? std::size_t{sizeof(A)} * W * kHeld * threads : 0;
-  const int resident = cuda::resident_blocks(name, rms_norm_backward_cuda_kernel<T, W>, threads, shared);
+  const auto kernel =
+      layout.held ? rms_norm_backward_cuda_kernel<T, W, true> : rms_norm_backward_cuda_kernel<T, W, false>;
+  const std::size_t slots = 2 * sizeof(Pack<T, W>) * kHeld * threads, sums = sizeof(A) * W * kHeld * threads;
+  const std::size_t shared = a.dweight && layout.held ? std::max(slots, sums) : slots;
+  cuda::allow_shared_bytes(name, kernel, shared);
+  const int resident = cuda::resident_blocks(name, kernel, threads, shared);
   const int blocks = static_cast<int>(std::min<std::int64_t>({layout.row_groups, resident, kDweightPartials}));
   A* partials = static_cast<A*>(launch.workspace);
-  cuda::launch(name, rms_norm_backward_cuda_kernel<T, W>, dim3(blocks), layout.block, shared, launch,
-               Rows<const T>(a.dy), Rows<const T>(a.x), Weight<T>(a.weight), a.rstd.as<const A>(), Rows<T>(a.dx),
-               sums_held ? partials : nullptr, rows, hidden);
+  cuda::launch(name, kernel, dim3(blocks), layout.block, shared, launch, Rows<const T>(a.dy), Rows<const T>(a.x),
+               Weight<T>(a.weight), a.rstd.as<const A>(), Rows<T>(a.dx), a.dweight ? partials : nullptr, rows, hidden);
   if (!a.dweight || layout.held) return blocks;
   const int runs = static_cast<int>(std::min(rows, kDweightPartials));
   cuda::launch(name, rms_norm_dweight_cuda_kernel<T>, dim3(cuda::ceil_div(hidden, kShortRowThreads), runs),

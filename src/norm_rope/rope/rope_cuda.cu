@@ -1,12 +1,17 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Bound by memory. The work is one list of items, token after token and head after head: first those that copy one pack
-// of the untouched part, then those that rotate as many pairs as a pack has elements, which are two packs. A block
-// takes the same number of items whatever the shape. It first computes the rotations it needs into a table in shared
-// memory: those of its tokens, used by all heads, or, where a head has too many, those of its items.
-#include <limits>
+// Bound by memory where heads share rotations. With one head and 16-bit elements it is bound by instructions: about 55
+// a rotation, 20 of them in double, whose units work for two thirds of the time that the bytes take. The work is one
+// list of items, token after token and head after head: first those that copy one pack of the untouched part, then
+// those that rotate as many pairs as a pack has elements, which are two packs. A block takes the same number of items
+// whatever the shape. It first computes the rotations of its tokens into a table in shared memory; where few heads
+// share a rotation, every thread computes its own in registers instead.
+
+#include <algorithm>
+#include <type_traits>
 
 #include "src/cpu/visit_dtype.h"
 #include "src/cuda/copy/pack.cuh"
+#include "src/cuda/index/divider.cuh"
 #include "src/cuda/launch/launch.h"
 #include "src/norm_rope/rope/rope.h"
 #include "src/numerics/rope.h"
@@ -19,9 +24,9 @@ using cuda::Pack;
 constexpr int kThreads = 256;
 constexpr int kItemsPerThread = 2;  // loaded before the first is used
 constexpr int kItemsPerBlock = kThreads * kItemsPerThread;
-// The table may be this much larger than one entry per pair of the block's items, if that saves computing a rotation
-// for every head; either way it stays below the 48 KB that every device gives.
-constexpr std::int64_t kSpareEntries = 1024;
+// A table pays when it has at most this fraction of the rotations that the block's items use. It then stays below the
+// 48 KB that every device gives.
+constexpr int kUsesOfTable = 2;
 
 /// [tokens, heads, d] with the last dimension contiguous.
 template <class T>
@@ -38,48 +43,78 @@ struct Heads {
 
 /// The items, counted from the first of a token.
 struct Items {
-  std::uint32_t copies, per_head, per_token;  ///< copies come first in a head; 0 when working in place
+  std::uint32_t copies;  ///< of a head, where they come first; 0 when working in place
   std::int64_t total;
+  cuda::Divider per_head, per_token, pairs;
 
-  Items(const RopeArgs& a, int pack, bool in_place) {
-    const std::int64_t pairs = a.inv_freq.size(0), copied = a.x.size(2) - 2 * pairs;
-    copies = in_place ? 0 : static_cast<std::uint32_t>(copied / pack);
-    per_head = copies + static_cast<std::uint32_t>(pairs / pack);
-    per_token = per_head * static_cast<std::uint32_t>(a.x.size(1));
-    total = a.x.size(0) * per_token;
+  Items(const RopeArgs& a, int pack, bool in_place)
+      : copies(in_place ? 0 : static_cast<std::uint32_t>((a.x.size(2) - 2 * a.inv_freq.size(0)) / pack)),
+        per_head(copies + static_cast<std::uint32_t>(a.inv_freq.size(0) / pack)),
+        per_token(per_head.divisor() * static_cast<std::uint32_t>(a.x.size(1))),
+        pairs(std::max(1u, static_cast<std::uint32_t>(a.inv_freq.size(0)))) {
+    total = a.x.size(0) * per_token.divisor();
+  }
+
+  __device__ std::int64_t token(std::int64_t item) const {
+    return item >> 31 ? item / per_token.divisor() : per_token.quotient(static_cast<std::uint32_t>(item));
   }
 };
 
-/// The rotation of pair `pair` at a token.
+/// Any rotation. A call, as its code for huge angles and for double would cost the kernel registers.
+template <class A>
+__device__ __noinline__ Rotation<A> any_rotation(float angle) {
+  return rope_rotation<A>(angle);
+}
+
+/// The rotations of neighbouring pairs at a position.
 template <class A>
 struct Rotations {
   const std::int64_t* positions;
   const float* inv_freq;
   bool inverted;
 
-  __device__ Rotation<A> operator()(std::int64_t token, int pair) const {
-    const Rotation<A> forward = rope_rotation<A>(rope_angle(positions[token], inv_freq[pair]));
-    return inverted ? inverse(forward) : forward;
+  template <int N>
+  __device__ __forceinline__ void operator()(std::int64_t position, int pair, Rotation<A> (&to)[N]) const {
+    float angle[N];
+    bool near = std::is_same_v<A, float>;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      angle[j] = rope_angle(position, inv_freq[pair + j]);
+      near = near && fabsf(angle[j]) <= kSincosNear;
+      if constexpr (std::is_same_v<A, float>) {
+        const SinCos<float> rounded = sincos_near(angle[j]);
+        to[j] = {rounded.cos, rounded.sin};
+      }
+    }
+    if (!near) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) to[j] = any_rotation<A>(angle[j]);
+    }
+    if (!inverted) return;
+#pragma unroll
+    for (int j = 0; j < N; ++j) to[j] = inverse(to[j]);
   }
 };
 
-template <class T, int W, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads)
-    rope_cuda_kernel(Heads<const T> x, Heads<T> y, Rotations<Compute<T>> rotations, Items items, int copied, int pairs,
-                     bool table_of_tokens) {
+template <class T, int W, bool kInterleaved, bool kTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    rope_cuda_kernel(Heads<const T> x, Heads<T> y, Rotations<Compute<T>> rotations, Items items, int copied) {
   using A = Compute<T>;
+  constexpr int kAtOnce = W < 4 ? W : 4;  // rotations that a thread holds
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto* table = reinterpret_cast<Rotation<A>*>(shared_bytes);
 
   const std::int64_t begin = std::int64_t{blockIdx.x} * kItemsPerBlock;
-  const std::int64_t first_token = begin / items.per_token;
-  const auto skipped = static_cast<std::uint32_t>(begin - first_token * items.per_token);
+  const int pairs = items.pairs.divisor();
+  const std::int64_t first_token = items.token(begin);
+  const auto skipped = static_cast<std::uint32_t>(begin - first_token * items.per_token.divisor());
   const auto count = static_cast<std::uint32_t>(min(std::int64_t{kItemsPerBlock}, items.total - begin));
 
   struct Item {
     T* to;
-    std::uint32_t rotation;  // of its first pair in the table
-    bool rotates;
+    std::int64_t position;  // without a table
+    int pair;               // the first, negative in a copy
+    int rotation;           // its place in the table
     Pack<T, W> a, b;
   } held[kItemsPerThread];
   // The second pack of a rotation: behind the first when pairs are neighbours, in the other half otherwise.
@@ -89,76 +124,82 @@ __global__ void __launch_bounds__(kThreads)
     const std::uint32_t index = i * kThreads + threadIdx.x;
     if (index >= count) continue;
     Item& item = held[i];
-    const std::uint32_t token = (skipped + index) / items.per_token;
-    const std::uint32_t in_token = skipped + index - token * items.per_token;
-    const std::uint32_t head = in_token / items.per_head, in_head = in_token - head * items.per_head;
-    item.rotates = in_head >= items.copies;
-    const int pair = (in_head - items.copies) * W;
-    const int offset = !item.rotates ? in_head * W : copied + pair * (kInterleaved ? 2 : 1);
+    const std::uint32_t token = items.per_token.quotient(skipped + index);
+    const std::uint32_t in_token = skipped + index - token * items.per_token.divisor();
+    const std::uint32_t head = items.per_head.quotient(in_token);
+    const std::uint32_t in_head = in_token - head * items.per_head.divisor();
+    item.pair = static_cast<int>(in_head - items.copies) * W;
+    const int offset = item.pair < 0 ? in_head * W : copied + item.pair * (kInterleaved ? 2 : 1);
     const T* from = x.at(first_token + token, head) + offset;
     item.to = y.at(first_token + token, head) + offset;
     item.a = cuda::load_pack<W>(from);
-    if (!item.rotates) continue;
+    if (item.pair < 0) continue;
     item.b = cuda::load_pack<W>(from + partner);
-    item.rotation = table_of_tokens ? token * pairs + pair : index * W;
-    if (table_of_tokens) continue;
-#pragma unroll 1
-    for (int j = 0; j < W; ++j) table[item.rotation + j] = rotations(first_token + token, pair + j);
+    if constexpr (kTable)
+      item.rotation = token * pairs + item.pair;
+    else
+      item.position = rotations.positions[first_token + token];
   }
-  if (table_of_tokens) {
-    const std::uint32_t tokens = (skipped + count - 1) / items.per_token + 1;
+  if constexpr (kTable) {
+    const std::uint32_t tokens = items.per_token.quotient(skipped + count - 1) + 1;
     for (std::uint32_t i = threadIdx.x; i < tokens * pairs; i += kThreads) {
-      const std::uint32_t token = i / pairs;
-      table[i] = rotations(first_token + token, i - token * pairs);
+      const std::uint32_t token = items.pairs.quotient(i);
+      Rotation<A> rotation[1];
+      rotations(rotations.positions[first_token + token], i - token * pairs, rotation);
+      table[i] = rotation[0];
     }
+    __syncthreads();
   }
-  __syncthreads();
 
 #pragma unroll
   for (int i = 0; i < kItemsPerThread; ++i) {
     if (i * kThreads + threadIdx.x >= count) continue;
-    const Item& item = held[i];
-    if (!item.rotates) {
+    Item& item = held[i];
+    if (item.pair < 0) {
       cuda::store_pack(item.to, item.a);
       continue;
     }
-    A v[2 * W];
+    const auto element = [&](int k) -> T& { return k < W ? item.a.at[k] : item.b.at[k - W]; };
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      v[j] = cuda::widened(item.a.at[j]);
-      v[W + j] = cuda::widened(item.b.at[j]);
+    for (int begin = 0; begin < W; begin += kAtOnce) {
+      Rotation<A> rotation[kAtOnce];
+      if constexpr (kTable) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) rotation[j] = table[item.rotation + begin + j];
+      } else {
+        rotations(item.position, item.pair + begin, rotation);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int pair = begin + j;
+        T& first = element(kInterleaved ? 2 * pair : pair);
+        T& second = element(kInterleaved ? 2 * pair + 1 : W + pair);
+        A v = cuda::widened(first), w = cuda::widened(second);
+        rotate(rotation[j], v, w);
+        first = cuda::narrowed<T>(v);
+        second = cuda::narrowed<T>(w);
+      }
     }
-#pragma unroll
-    for (int j = 0; j < W; ++j)
-      rotate(table[item.rotation + j], v[kInterleaved ? 2 * j : j], v[kInterleaved ? 2 * j + 1 : W + j]);
-    A low[W], high[W];
-#pragma unroll
-    for (int j = 0; j < W; ++j) {
-      low[j] = v[j];
-      high[j] = v[W + j];
-    }
-    cuda::store_narrowed(item.to, low);
-    cuda::store_narrowed(item.to + partner, high);
+    cuda::store_pack(item.to, item.a);
+    cuda::store_pack(item.to + partner, item.b);
   }
 }
 
 template <class T, int W, bool kInterleaved>
 void launch_rope(const RopeArgs& a, const Launch& launch) {
   using A = Compute<T>;
+  const std::int64_t pairs = a.inv_freq.size(0), copied = a.x.size(2) - 2 * pairs;
   const bool in_place = a.x.data == a.y.data && a.x.stride == a.y.stride;
+  if (a.x.numel() == 0 || (in_place && pairs == 0)) return;
   const Items items(a, W, in_place);
-  if (items.total == 0) return;
-  const int pairs = static_cast<int>(a.inv_freq.size(0)), copied = static_cast<int>(a.x.size(2)) - 2 * pairs;
   // A block's items can begin and end inside a token.
-  const std::int64_t tokens_entries = std::int64_t{kItemsPerBlock / items.per_token + 2} * pairs;
-  const std::int64_t items_entries = std::int64_t{kItemsPerBlock} * W;
-  const bool table_of_tokens = tokens_entries <= items_entries + kSpareEntries;
-  cuda::launch("rope", rope_cuda_kernel<T, W, kInterleaved>,
+  const std::int64_t entries = (kItemsPerBlock / items.per_token.divisor() + 2) * pairs;
+  const bool table = entries * kUsesOfTable <= kItemsPerBlock * W;
+  cuda::launch("rope", table ? rope_cuda_kernel<T, W, kInterleaved, true> : rope_cuda_kernel<T, W, kInterleaved, false>,
                dim3(cuda::ceil_div<std::int64_t>(items.total, kItemsPerBlock)), dim3(kThreads),
-               sizeof(Rotation<A>) * (table_of_tokens ? tokens_entries : items_entries), launch, Heads<const T>(a.x),
-               Heads<T>(a.y),
+               table ? sizeof(Rotation<A>) * entries : 0, launch, Heads<const T>(a.x), Heads<T>(a.y),
                Rotations<A>{a.positions.as<const std::int64_t>(), a.inv_freq.as<const float>(), a.inverse}, items,
-               copied, pairs, table_of_tokens);
+               static_cast<int>(copied));
 }
 
 template <class T, int W>
