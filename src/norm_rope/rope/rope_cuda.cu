@@ -66,13 +66,20 @@ __device__ __noinline__ Rotation<A> any_rotation(float angle) {
   return rope_rotation<A>(angle);
 }
 
-/// The rotations of neighbouring pairs at a position.
+/// The rotations of the pairs at a position.
 template <class A>
 struct Rotations {
   const std::int64_t* positions;
   const float* inv_freq;
   bool inverted;
 
+  /// One of them, without a call: with packs in flight a call's saving of registers would wait for them.
+  __device__ Rotation<A> operator()(std::int64_t position, int pair) const {
+    const Rotation<A> forward = rope_rotation<A>(rope_angle(position, inv_freq[pair]));
+    return inverted ? inverse(forward) : forward;
+  }
+
+  /// N neighbours.
   template <int N>
   __device__ __forceinline__ void operator()(std::int64_t position, int pair, Rotation<A> (&to)[N]) const {
     float angle[N];
@@ -144,9 +151,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const std::uint32_t tokens = items.per_token.quotient(skipped + count - 1) + 1;
     for (std::uint32_t i = threadIdx.x; i < tokens * pairs; i += kThreads) {
       const std::uint32_t token = items.pairs.quotient(i);
-      Rotation<A> rotation[1];
-      rotations(rotations.positions[first_token + token], i - token * pairs, rotation);
-      table[i] = rotation[0];
+      table[i] = rotations(rotations.positions[first_token + token], i - token * pairs);
     }
     __syncthreads();
   }
@@ -192,9 +197,9 @@ void launch_rope(const RopeArgs& a, const Launch& launch) {
   const bool in_place = a.x.data == a.y.data && a.x.stride == a.y.stride;
   if (a.x.numel() == 0 || (in_place && pairs == 0)) return;
   const Items items(a, W, in_place);
-  // A block's items can begin and end inside a token.
+  // A block's items can begin and end inside a token. Without pairs there are only copies, and nothing to tabulate.
   const std::int64_t entries = (kItemsPerBlock / items.per_token.divisor() + 2) * pairs;
-  const bool table = entries * kUsesOfTable <= kItemsPerBlock * W;
+  const bool table = pairs > 0 && entries * kUsesOfTable <= kItemsPerBlock * W;
   cuda::launch("rope", table ? rope_cuda_kernel<T, W, kInterleaved, true> : rope_cuda_kernel<T, W, kInterleaved, false>,
                dim3(cuda::ceil_div<std::int64_t>(items.total, kItemsPerBlock)), dim3(kThreads),
                table ? sizeof(Rotation<A>) * entries : 0, launch, Heads<const T>(a.x), Heads<T>(a.y),
