@@ -90,11 +90,12 @@ void attend_keys(const Head& head, std::int64_t begin, std::int64_t end, std::in
     for (std::int64_t row = 0; row < m; ++row) {
       SoftmaxState<A>& state = states[first - begin + row];
       A* const p = tile + row * n;
+      const std::int64_t keys = seen(row);
       const A old_max = state.m;
-      state.m = std::max(old_max, cpu::max(p, seen(row)));
+      state.m = std::max(old_max, cpu::max(p, keys));
       const A rescale = softmax_rescale(old_max, state.m);
-      state.l = state.l * rescale + cpu::exp_scaled(p, seen(row), A(1), finite_shift(state.m));
-      std::fill(p + seen(row), p + n, A(0));
+      state.l = state.l * rescale + cpu::exp_scaled(p, keys, A(1), finite_shift(state.m));
+      std::fill(p + keys, p + n, A(0));
       if (rescale != A(1)) cpu::scale(out + (first - begin + row) * d_v, d_v, rescale);
     }
     masked_product<A>(seen(0) < n, m, d_v, n, A(1), rows_of(tile, n), from(head.v, key), out + (first - begin) * d_v,
@@ -123,11 +124,12 @@ void backward_tile(const Head& head, const HeadGradient<A>& g, std::int64_t key,
   cpu::gemm<A>(m, n, d_v, A(1), dout, transposed(v), A(0), ds, n);
   for (std::int64_t row = 0; row < m; ++row) {
     A *const p_row = p + row * n, *const ds_row = ds + row * n;
+    const std::int64_t keys = seen(row);
     const A delta = g.delta[query + row];
-    cpu::exp_scaled(p_row, seen(row), A(1), finite_shift(g.lse[query + row]));
-    for (std::int64_t j = 0; j < seen(row); ++j) ds_row[j] = p_row[j] * (ds_row[j] - delta);
-    std::fill(p_row + seen(row), p_row + n, A(0));
-    std::fill(ds_row + seen(row), ds_row + n, A(0));
+    cpu::exp_scaled(p_row, keys, A(1), finite_shift(g.lse[query + row]));
+    for (std::int64_t j = 0; j < keys; ++j) ds_row[j] = p_row[j] * (ds_row[j] - delta);
+    std::fill(p_row + keys, p_row + n, A(0));
+    std::fill(ds_row + keys, ds_row + n, A(0));
   }
 
   const bool masked = seen(0) < n;

@@ -15,6 +15,7 @@ def command(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from .. import environment
@@ -28,14 +29,13 @@ def command(
         **facts["versions"],
         "system": facts["system"],
         "CPU": f"{facts['cpu']['model']}, {facts['cpu']['threads']} threads, {facts['cpu']['instruction set']}",
-        "GPU": "\n".join(facts["gpus"]) or "none",
+        "GPU": ", ".join(facts["gpus"]) or "none",
         "library": facts["library"],
         "CUDA part": ", ".join(facts["cuda architectures"]) or "not built",
     }
-    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in lines.items():
-        table.add_row(f"[bold]{name}", value)
-    console.print(table)
+        # Not a table: it would cut paths to the width of the terminal.
+        console.print(f"[bold]{name:<18}[/]{escape(value)}", soft_wrap=True)
     places = ["cpu", "cuda"] if facts["gpus"] else ["cpu"]
     table = Table("operator", *(f"on {place}" for place in places))
     for operator, active in facts["operators"].items():
