@@ -25,6 +25,7 @@ std::int64_t integer_at(const TensorView& tensor, std::int64_t i) {
   return tensor.dtype == DType::int32 ? tensor.as<const std::int32_t>()[i] : tensor.as<const std::int64_t>()[i];
 }
 
+/// scores may be logits, but for softmax.
 template <class T>
 void compute_scores(const T* logits, std::int64_t experts, Scoring scoring, T* scores) {
   switch (scoring) {
@@ -234,16 +235,17 @@ void backward(const MoeGateBackwardArgs& a) {
       const T* logits = a.logits.as<const T>() + t * a.logits.stride[0];
       const std::int32_t* indices = all_indices + t * topk;
       T* dlogits = a.dlogits.as<T>() + t * experts;
-      compute_scores(logits, experts, a.scoring, scores.data());
-      for (std::int64_t k = 0; k < topk; ++k) s[k] = scores[expert_of(indices[k])];
+      const bool over_all = a.scoring == Scoring::softmax;
+      if (over_all) compute_scores(logits, experts, a.scoring, scores.data());
+      for (std::int64_t k = 0; k < topk; ++k) s[k] = (over_all ? scores.data() : logits)[expert_of(indices[k])];
+      if (!over_all) compute_scores(s.data(), topk, a.scoring, s.data());
       score_gradients(a, a.dweights.as<const T>() + t * topk, indices, s.data(), topk, ds.data());
       T pull = 0;  // softmax: of the sum over all experts
-      if (a.scoring == Scoring::softmax)
-        for (std::int64_t k = 0; k < topk; ++k) pull += ds[k] * s[k];
-      for (std::int64_t e = 0; e < experts; ++e) dlogits[e] = -pull * scores[e];
+      for (std::int64_t k = 0; over_all && k < topk; ++k) pull += ds[k] * s[k];
+      for (std::int64_t e = 0; e < experts; ++e) dlogits[e] = over_all ? -pull * scores[e] : 0;
       for (std::int64_t k = 0; k < topk; ++k) {
         const std::int32_t e = expert_of(indices[k]);
-        dlogits[e] += ds[k] * (a.scoring == Scoring::softmax ? s[k] : score_derivative(logits[e], a.scoring));
+        dlogits[e] += ds[k] * (over_all ? s[k] : score_derivative(logits[e], a.scoring));
       }
     }
   });

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from typing import Any
 
 import moe_truth
@@ -128,6 +129,45 @@ def test_unfused_and_fused_agree(options: dict[str, Any], dtype: torch.dtype) ->
         worst = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
         print(f"{name}: unfused and fused differ by {worst:.2e} of the largest ({dtype})")
         assert worst <= allowed, name
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_fuzz(seed: int) -> None:
+    """A configuration drawn from the seed; in float32, both functions against the formulas."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    n_group = draw.choice([1, 1, 2, 3])
+    experts = n_group * draw.randint(1, 6)
+    topk_group = draw.randint(1, n_group)
+    topk = draw.randint(1, experts // n_group * topk_group)
+    sizes = {"tokens": draw.randint(1, 12), "hidden": draw.randint(1, 40), "intermediate": draw.randint(1, 20)}
+    options: dict[str, Any] = {
+        "topk": topk,
+        "scoring": draw.choice(SCORINGS),
+        "renormalize": draw.random() < 0.7,
+        "renormalize_after_drop": draw.random() < 0.3,
+        "routed_scaling_factor": draw.choice([1.0, 2.5]),
+        "capacity": draw.choice([None, 0.3, 1.0, 2.0]),
+        "swiglu_limit": draw.choice([None, 0.3, 10.0]),
+        "gate_bias": torch.randn(experts) if draw.random() < 0.5 else None,
+    }
+    if draw.random() < 0.3:
+        options |= options_of("hash", sizes["tokens"], experts, topk)
+    else:
+        options |= {"n_group": n_group, "topk_group": topk_group}
+    print(sizes, experts, {name: value for name, value in options.items() if not isinstance(value, Tensor)})
+    given = parameters(experts=experts, shared=draw.choice([0, 5]), dtype=torch.float32, **sizes)
+    dy = torch.randn(sizes["tokens"], sizes["hidden"])
+    wide = [moe_truth.wide(t) for t in given]
+    expected = moe_truth.layer(*wide, **options)
+    truths = torch.autograd.grad(expected, wide, dy.double(), materialize_grads=True)
+    names = ("dX", "dgate", "dw13", "dw2", "dshared_w13", "dshared_w2")
+    for function in FUNCTIONS:
+        Y = call(function, *given, **options)
+        assert_close("Y", Y, expected)
+        for name, gradient, truth in zip(names, torch.autograd.grad(Y, given, dy), truths, strict=False):
+            # Normalised over one expert a weight does not depend on the gate: what cancels is as large as a score.
+            assert_close(name, gradient, truth, scale=max(1.0, float(truth.abs().max())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
