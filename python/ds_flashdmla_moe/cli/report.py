@@ -151,7 +151,8 @@ def _loss(result: DemoResult) -> str:
     chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), high))
     return (
         f"<h2>Loss</h2><figure>{chart}<figcaption>Bits per byte of each training batch (faint), its running mean, and "
-        f"of validation text on the way (dots). Values over {high:.0f} at the very beginning are cut off."
+        f"of the first {result.settings.eval_bytes // 1024} KiB of validation text (dots). Values over "
+        f"{high:.0f} at the very beginning are cut off."
         "</figcaption></figure>"
     )
 
