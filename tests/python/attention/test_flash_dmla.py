@@ -371,3 +371,16 @@ def test_compile_fullgraph(mode: str) -> None:
     leaves = list(inputs.values())
     for a, b in zip(torch.autograd.grad(compiled(inputs), leaves), torch.autograd.grad(f(inputs), leaves), strict=True):
         assert torch.equal(a, b)
+
+
+def test_one_compiled_graph_serves_every_length() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda inputs: run(inputs, MODES["fly"], True), fullgraph=True, dynamic=True, backend=counter
+    )
+    for s_q, s_kv in ((4, 5), (7, 7), (66, 130)):
+        inputs = draw(Case(2, 2, s_q, s_kv, 6, 6, 3), MODES["fly"], torch.float32)
+        for a, b in zip(compiled(inputs), run(inputs, MODES["fly"], True), strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count == 1
