@@ -96,8 +96,10 @@ def experts(
     """
     order = sorted((e, t, k) for t, slots in enumerate(indices) for k, e in enumerate(slots) if e >= 0)
     y = [torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(x.shape[0])]
+    # Unbound once: indexing would make a gradient of the whole tensor's size for each use.
+    tokens, w13, w2 = x.unbind(), w13.unbind(), w2.unbind()
     for row, (e, t, k) in enumerate(order):
-        product = w13[e] @ x[t]
+        product = w13[e] @ tokens[t]
         if z is not None:
             product = product + (z[row].double() - product).detach()
         y[t] = y[t] + weights[t, k] * (w2[e] @ swiglu(product, limit))

@@ -19,10 +19,11 @@ def routing(tokens: int, topk: int, rows: int) -> Tensor:
 
 def truth(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, shared: Tensor | None) -> Tensor:
     y = [rows[:0].sum(0) for _ in row_of_slot]
+    row_list = rows.unbind()
     for t, slots in enumerate(row_of_slot.tolist()):
         for k, row in enumerate(slots):
             if row >= 0:
-                y[t] = y[t] + rows[row] * (1 if weights is None else weights[t, k])
+                y[t] = y[t] + row_list[row] * (1 if weights is None else weights[t, k])
         if shared is not None:
             y[t] = y[t] + shared[t]
     return torch.stack(y)
