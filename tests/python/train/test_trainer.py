@@ -82,14 +82,13 @@ def test_evaluation_is_the_mean_over_windows(
 def test_balancing(config: LanguageModelConfig, settings: TrainSettings, corpus: Corpus, balance: str) -> None:
     trainer = Trainer(config, replace(settings, balance=balance), corpus)
     unbalanced = Trainer(config, replace(settings, balance="none"), corpus)
-    for _ in range(2):
-        trainer.train_step()
-        unbalanced.train_step()
+    trainer.train_step()
+    unbalanced.train_step()
     biases = [block.moe.gate_bias for block in trainer.model.blocks]
     moved = any(bias.abs().max() > 0 for bias in biases)
     assert moved == (balance in ("bias", "both"))
     same_gate = torch.equal(trainer.model.blocks[0].moe.gate, unbalanced.model.blocks[0].moe.gate)
-    assert same_gate == (balance in ("bias", "none"))  # two steps are too few for the bias to change a selection
+    assert same_gate == (balance in ("bias", "none"))  # the bias acts from the second step on
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 4])
