@@ -29,6 +29,8 @@ std::string json_list(const List& list, const Render& render) {
 }
 
 std::string version() { return DSM_VERSION; }
+std::string cuda_architectures() { return DSM_CUDA_ARCHITECTURES; }
+std::string instruction_set() { return cpu_instruction_set(); }
 
 std::string operators_json() {
   return json_list(operators(), [](const OperatorInfo& info) {
@@ -76,6 +78,8 @@ const bool host_threads_set = [] {
 
 STABLE_TORCH_LIBRARY(dsm, m) {
   m.def("version() -> str");
+  m.def("cuda_architectures() -> str");
+  m.def("cpu_instruction_set() -> str");
   m.def("operators() -> str");
   m.def("record_choices(bool on) -> ()");
   m.def("recorded_choices() -> str");
@@ -84,6 +88,8 @@ STABLE_TORCH_LIBRARY(dsm, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dsm, CompositeExplicitAutograd, m) {
   m.impl("version", TORCH_BOX(&version));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("cpu_instruction_set", TORCH_BOX(&instruction_set));
   m.impl("operators", TORCH_BOX(&operators_json));
   m.impl("record_choices", TORCH_BOX(&record_choices));
   m.impl("recorded_choices", TORCH_BOX(&recorded_choices_json));

@@ -44,4 +44,8 @@ DSM_API std::vector<Choice> recorded_choices();
 /// Throws dsm::Error for unknown names.
 DSM_API void force_implementation(const std::string& operation, const std::string& implementation);
 
+/// The instruction set that the CPU implementations run with, chosen by the processor when the library is loaded:
+/// "avx512", "avx2" or "baseline" (what every processor of the architecture has).
+DSM_API const char* cpu_instruction_set();
+
 }  // namespace dsm

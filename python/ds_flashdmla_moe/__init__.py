@@ -3,6 +3,7 @@
 
 from . import flash_mla, ops
 from ._library import VERSION as __version__
+from .choices import explain
 from .moe import MoEWeights, moe_forward_unfused, moe_megakernel_fwd
 from .ops.attention import (
     flash_attn_varlen_func,
@@ -14,6 +15,7 @@ from .ops.attention import (
 __all__ = [
     "MoEWeights",
     "__version__",
+    "explain",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

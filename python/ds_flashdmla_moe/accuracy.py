@@ -37,15 +37,16 @@ class Deviation(NamedTuple):
         return self.error / self.allowed
 
 
-def deviation(result: Tensor, truth: Tensor, *, scale: float | None = None, rounded: float = 0.0) -> Deviation:
+def deviation(result: Tensor, truth: Tensor, *, scale: float | None = None, inherited: float = 0.0) -> Deviation:
     """Where ``result`` is farthest from ``truth`` in units of what is allowed.
 
     Args:
         result: what the operator gave; floating, or of another dtype, which must be exact.
         truth: the float64 value of the formula.
         scale: largest magnitude of the terms that are added up, where the truth itself cancels; default: the truth's.
-        rounded: how many roundings to result's dtype the values had that it is computed from (a backward pass that
-            reads a stored result of the forward pass), each worth one ulp of the scale.
+        inherited: error of the values that the result is computed from, relative to the scale: a backward pass that
+            reads results which the forward pass stored in bfloat16 starts from one ulp of that, in whatever dtype its
+            own result is.
 
     Raises:
         ValueError: the shapes differ.
@@ -60,7 +61,7 @@ def deviation(result: Tensor, truth: Tensor, *, scale: float | None = None, roun
         scale = float(truth.nan_to_num(0, 0, 0).abs().max())
     scale = max(scale, SMALLEST_NORMAL[dtype])
     allowed = ULP[dtype] * truth.abs().clamp_min(SMALLEST_NORMAL[dtype])
-    allowed = allowed + (ACCUMULATION[dtype] + rounded * ULP[dtype]) * scale
+    allowed = allowed + (ACCUMULATION[dtype] + inherited) * scale
     same = (value == truth) | (value.isnan() & truth.isnan())
     error = torch.where(same, 0.0, (value - truth).abs()).nan_to_num(nan=float("inf"))
     # An infinite truth that was missed has an infinite error, and must not be excused by an infinite allowance.

@@ -14,7 +14,7 @@ from . import _library
 
 __all__ = ["active_implementations", "describe"]
 
-PEERS = ("flash_attn", "flash_mla", "deep_gemm", "triton")  # what dsm bench compares with when it is there
+OTHERS = ("flash_attn", "flash_mla", "deep_gemm", "triton", "numpy", "safetensors")  # named when installed
 
 
 def describe() -> dict[str, Any]:
@@ -24,15 +24,17 @@ def describe() -> dict[str, Any]:
             "ds-flashdmla-moe": _library.VERSION,
             "torch": torch.__version__,
             "Python": platform.python_version(),
-            **{name: version for name in PEERS if (version := _version(name))},
+            **{name: version for name in OTHERS if (version := _version(name))},
         },
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": {"model": _cpu_model(), "threads": torch.get_num_threads(), "torch uses": _torch_isa()},
+        "cpu": {
+            "model": _cpu_model(),
+            "threads": torch.get_num_threads(),
+            "instruction set": torch.ops.dsm.cpu_instruction_set(),
+        },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "library": str(_library.PATH),
-        "cuda part built": any(
-            row["built"] and row["name"] != "cpu" for entry in _library.operators() for row in entry["implementations"]
-        ),
+        "cuda architectures": [name for name in torch.ops.dsm.cuda_architectures().split(";") if name],
         "operators": active_implementations(),
     }
 
@@ -70,10 +72,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _torch_isa() -> str:
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _gpu(index: int) -> str:

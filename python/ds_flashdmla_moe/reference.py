@@ -2,8 +2,8 @@
 """The operators of the training step, composed from torch's own operators.
 
 The functions have the names, arguments and results of the library's operators, so a model takes either set
-(:class:`ds_flashdmla_moe.nn.OperatorSet`). This is what the library is timed against: it is written to run
-fast in torch (fused SDPA, one gather and one scatter per expert layer, stacked gradients), not to be simple.
+(:class:`ds_flashdmla_moe.nn.OperatorSet`); they check no arguments. This is what the library is timed against,
+so it is written to run fast in torch: fused SDPA, one gather and one scatter per expert layer, stacked gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .ops import MoEWeights
+    from .moe import MoEWeights
+    from .ops.moe import Scoring
 
 __all__ = [
     "flash_dmla_fwd",
@@ -34,11 +35,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool = True, inverse: bool = False) -> Tensor:
-    """Rotate pairs of x [..., tokens, heads, d] by the angles ``positions[..., tokens] * inv_freq[d / 2]``.
+    """Rotate pairs of the last ``2 * len(inv_freq)`` of x [..., tokens, heads, d] by ``positions * inv_freq``.
 
-    Pairs are (2i, 2i+1) when ``interleaved``, else (i, i + d/2); ``inverse`` rotates back.
+    Pair i is (2i, 2i+1) when ``interleaved``, else (i, pairs + i); ``inverse`` rotates back.
     """
-    angle = positions.to(torch.float32)[..., None, None] * inv_freq.to(torch.float32)
+    d, rotated = x.shape[-1], 2 * inv_freq.numel()
+    if rotated < d:
+        y = rope(x[..., d - rotated :], positions, inv_freq, interleaved, inverse)
+        return torch.cat((x[..., : d - rotated], y), dim=-1)
+    angle = positions.to(torch.float32)[..., None, None] * inv_freq
+    angle = angle.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = angle.cos(), angle.sin()
     if inverse:
         sin = -sin
@@ -88,47 +94,55 @@ def flash_dmla_fwd(
 
 
 def moe_gate(
-    x: Tensor,
-    gate: Tensor,
+    logits: Tensor,
     topk: int,
     *,
-    gate_bias: Tensor | None = None,
-    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    scoring: Scoring = "softmax",
     renormalize: bool = True,
+    renormalize_after_drop: bool = False,
     routed_scaling_factor: float = 1.0,
     n_group: int = 1,
     topk_group: int = 1,
+    capacity_rows: int | None = None,
     token_ids: Tensor | None = None,
     tid2eid: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Route x [tokens, hidden] -> (weights [tokens, topk], indices [tokens, topk], scores [tokens, experts]).
-
-    Scores and weights are fp32 (fp64 for fp64 input), indices int64.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = F.linear(x.to(wide), gate.to(wide))
+) -> tuple[Tensor, Tensor]:
+    """Routing; arguments and result as :func:`ds_flashdmla_moe.ops.moe_gate`."""
     if scoring == "softmax":
         scores = logits.softmax(-1)
     elif scoring == "sigmoid":
         scores = logits.sigmoid()
-    elif scoring == "sqrtsoftplus":
+    else:
         scores = F.softplus(logits).sqrt()
-    else:
-        raise ValueError(f"moe_gate: scoring must be softmax, sigmoid or sqrtsoftplus, got {scoring!r}")
     if tid2eid is not None and token_ids is not None:
-        indices = tid2eid[token_ids.reshape(-1)].long()
+        indices = tid2eid[token_ids].long()
     else:
-        choice = scores.detach() if gate_bias is None else scores.detach() + gate_bias
+        choice = scores.detach() if bias is None else scores.detach() + bias
         if n_group > 1:
             groups = choice.view(choice.shape[0], n_group, -1)
-            best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-            kept = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(topk_group, dim=-1).indices, True)
+            worth = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+            kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, worth.topk(topk_group, dim=-1).indices, True)
             choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(-2)
         indices = choice.topk(topk, dim=-1).indices
     weights = scores.gather(-1, indices)
-    if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-    return weights * routed_scaling_factor, indices, scores
+    if renormalize and not renormalize_after_drop:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if capacity_rows is not None:
+        within = _within_capacity(indices, logits.shape[-1], capacity_rows)
+        weights, indices = weights * within, torch.where(within, indices, -1 - indices)
+    if renormalize_after_drop:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * routed_scaling_factor, indices.int()
+
+
+def _within_capacity(indices: Tensor, experts: int, limit: int) -> Tensor:
+    """True for the pairs [tokens, topk] that are among the first ``limit`` of their expert."""
+    pairs = indices.flatten()
+    order = pairs.argsort(stable=True)
+    counts = pairs.bincount(minlength=experts)
+    rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[pairs[order]]
+    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < limit).view_as(indices)
 
 
 def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
@@ -138,14 +152,6 @@ def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
     return F.silu(gate) * up
 
 
-def _within_capacity(experts_of_pairs: Tensor, experts: int, limit: int) -> Tensor:
-    """True for the pairs that are among the first ``limit`` of their expert; pairs [tokens * topk] in token order."""
-    order = experts_of_pairs.argsort(stable=True)
-    counts = experts_of_pairs.bincount(minlength=experts)
-    rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[experts_of_pairs[order]]
-    return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < limit)
-
-
 def moe_forward_unfused(
     X: Tensor,
     weights: MoEWeights,
@@ -153,7 +159,7 @@ def moe_forward_unfused(
     topk: int,
     capacity: float | None = None,
     ep_group_size: int = 1,
-    scoring: str = "softmax",
+    scoring: Scoring = "softmax",
     renormalize: bool = True,
     renormalize_after_drop: bool = False,
     routed_scaling_factor: float = 1.0,
@@ -169,38 +175,32 @@ def moe_forward_unfused(
         raise NotImplementedError("reference.moe_forward_unfused: one process and unquantised activations only")
     x = X.reshape(-1, X.shape[-1])
     experts = weights.gate.shape[0]
-    if not 0 < topk <= experts:
-        raise ValueError(f"moe_forward_unfused: topk must be in [1, {experts}], got {topk}")
-    if capacity is not None and not capacity > 0:
-        raise ValueError(f"moe_forward_unfused: capacity must be > 0, got {capacity}")
-    pair_weights, indices, _ = moe_gate(
-        x, weights.gate, topk, gate_bias=weights.gate_bias, scoring=scoring, routed_scaling_factor=1.0,
-        renormalize=renormalize and not renormalize_after_drop, n_group=n_group, topk_group=topk_group,
-        token_ids=token_ids, tid2eid=tid2eid,
-    )  # fmt: skip
-    pairs = indices.reshape(-1)
-    kept = None
-    if capacity is not None:
-        limit = math.ceil(x.shape[0] * topk / experts * capacity)
-        kept = _within_capacity(pairs, experts, limit)
-        pair_weights = pair_weights * kept.view_as(pair_weights)
-    if renormalize and renormalize_after_drop:
-        pair_weights = pair_weights / pair_weights.sum(-1, keepdim=True).clamp_min(1e-20)
-    pair_weights = pair_weights * routed_scaling_factor
-
-    order = pairs.argsort(stable=True)
-    if kept is not None:
-        order = order[kept[order]]
-    counts = pairs[order].bincount(minlength=experts).tolist()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pair_weights, indices = moe_gate(
+        F.linear(x.to(wide), weights.gate.to(wide)),
+        topk,
+        bias=weights.gate_bias,
+        scoring=scoring,
+        renormalize=renormalize,
+        renormalize_after_drop=renormalize_after_drop,
+        routed_scaling_factor=routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+        capacity_rows=None if capacity is None else math.ceil(x.shape[0] * topk / experts * capacity),
+        token_ids=None if token_ids is None else token_ids.reshape(-1),
+        tid2eid=tid2eid,
+    )
+    pairs = indices.flatten()
+    order = pairs.argsort(stable=True)  # dropped pairs are negative and come first
+    counts = pairs.clamp_min(-1).add(1).bincount(minlength=experts + 1).tolist()
+    order = order[counts[0] :]
     tokens = order // topk
-    out = [
-        F.linear(_swiglu(F.linear(rows, w13), swiglu_limit), w2)
-        for rows, w13, w2 in zip(torch.split(x[tokens], counts), weights.w13.unbind(), weights.w2.unbind(), strict=True)
-        if rows.shape[0]  # unbind's backward stacks: one pass over the weights' gradient, not one per expert
-    ]
-    y = torch.zeros(x.shape, dtype=pair_weights.dtype, device=x.device)
+    # unbind's backward stacks: one pass over the weights' gradient, not one per expert.
+    of_experts = zip(torch.split(x[tokens], counts[1:]), weights.w13.unbind(), weights.w2.unbind(), strict=True)
+    out = [F.linear(_swiglu(F.linear(rows, w13), swiglu_limit), w2) for rows, w13, w2 in of_experts if rows.shape[0]]
+    y = torch.zeros(x.shape, dtype=wide, device=x.device)
     if out:
-        y = y.index_add(0, tokens, torch.cat(out).to(y.dtype) * pair_weights.reshape(-1)[order, None])
+        y = y.index_add(0, tokens, torch.cat(out).to(wide) * pair_weights.flatten()[order, None])
     if weights.shared_w13 is not None and weights.shared_w2 is not None:
         y = y + F.linear(_swiglu(F.linear(x, weights.shared_w13), swiglu_limit), weights.shared_w2)
     return y.to(X.dtype).view_as(X)

@@ -6,11 +6,14 @@
 #include <utility>
 
 #include "dsm/tensor_view.h"
+#include "src/core/parallel_for.h"
 #include "src/cpu/convert.h"
 #include "src/cpu/gemm.h"
 
-// Softmax attention of one head in the calling thread: what all dense attention operators share on the CPU. `A` is the
-// type computed in, float or double; the operands may be stored in any floating dtype, elements of a row adjacent.
+// Softmax attention of one head: what all dense attention operators share on the CPU. `A` is the type computed in,
+// float or double; the operands may be stored in any floating dtype, elements of a row adjacent. Callers with at least
+// as many heads as threads call these functions from a parallel_for; otherwise the functions find work for the threads
+// themselves.
 namespace dsm::attention {
 
 /// One query head with its keys and values. Row i of q is query i.
@@ -30,10 +33,19 @@ struct Head {
   std::int64_t first_query(std::int64_t j) const { return causal ? std::max<std::int64_t>(j + s_q - s_kv, 0) : 0; }
 };
 
-/// Queries for one attend() call: enough to reuse the keys that it reads, few enough for its tiles to stay in cache.
-inline constexpr std::int64_t kQueryBlock = 128;
+/// Grain of a parallel_for over units (a head, or a block of its queries) of `work` multiply-adds in all: fewer units
+/// than threads stay together, and so do units that are too small to be worth a hand-over to another thread.
+inline std::int64_t head_grain(std::int64_t units, std::int64_t work) {
+  constexpr std::int64_t worth_a_hand_over = 1 << 18;
+  if (units < num_threads()) return units;
+  return std::max<std::int64_t>(1, worth_a_hand_over * units / std::max<std::int64_t>(work, 1));
+}
 
-/// Outputs and log-sum-exps of queries [begin, end): out [end - begin, d_v] without gaps, lse [end - begin].
+/// Queries for one attend() call: enough to reuse the keys that it reads, few enough for its tiles to stay in cache.
+inline constexpr std::int64_t kQueryBlock = 64;
+
+/// Outputs and log-sum-exps of queries [begin, end), which must not be empty: out [end - begin, d_v] without gaps, lse
+/// [end - begin].
 template <class A>
 void attend(const Head& head, std::int64_t begin, std::int64_t end, A* out, A* lse);
 

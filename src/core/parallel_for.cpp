@@ -110,14 +110,19 @@ void set_host_threads(const HostThreads& threads) { host = threads; }
 
 void set_num_threads(int threads) { wanted_threads = threads; }
 
+int num_threads() {
+  if (inside_parallel_for) return 1;
+  return host.count ? host.count() : own_pool().threads();
+}
+
 namespace detail {
 
 void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
                   void (*body)(void*, std::int64_t, std::int64_t), void* context) {
   if (begin >= end) return;
   grain = std::max<std::int64_t>(grain, 1);
-  if (end - begin <= grain || inside_parallel_for) return body(context, begin, end);
-  const int threads = host.count ? host.count() : own_pool().threads();
+  if (end - begin <= grain) return body(context, begin, end);
+  const int threads = num_threads();
   if (threads <= 1) return body(context, begin, end);
   // About eight ranges a thread: coarse enough to be cheap, fine enough to level uneven work such as causal rows.
   const std::int64_t even = (end - begin + 8 * threads - 1) / (8 * threads);

@@ -11,6 +11,9 @@ void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
                   void (*body)(void*, std::int64_t, std::int64_t), void* context);
 }
 
+/// Threads that a parallel_for begun here would run on: 1 inside of one. May choose how work is cut, but never results.
+int num_threads();
+
 /// Calls `body(b, e)` over disjoint ranges that cover [begin, end) on the CPU threads; a range is cut no finer than
 /// `grain`. The body must not throw, and must write each output from one range only: then the bits do not depend on
 /// the number of threads. A nested call runs in the calling thread.

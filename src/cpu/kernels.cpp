@@ -1,6 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #include "src/cpu/kernels.h"
 
+#include "dsm/registry.h"
+
 namespace dsm::cpu {
 namespace {
 
@@ -49,3 +51,13 @@ const Kernels<double>& kernels() {
 }
 
 }  // namespace dsm::cpu
+
+namespace dsm {
+
+const char* cpu_instruction_set() {
+  const cpu::IsaKernels* used = cpu::chosen();
+  if (used == &cpu::kBaselineKernels) return "baseline";
+  return used == &cpu::table(cpu::Isa::avx2) ? "avx2" : "avx512";
+}
+
+}  // namespace dsm

@@ -29,7 +29,7 @@ class Limits:
         """Bytes per second, read and written, of a large copy."""
         if not self._bandwidth:
             size = COPY_BYTES[self.device.type]
-            source = torch.ones(size, dtype=torch.uint8, device=self.device)
+            source = torch.randint(256, (size,), dtype=torch.uint8, device=self.device)
             target = torch.empty_like(source)
             timing = take_turns({"copy": lambda: target.copy_(source)}, self.device, self.seconds)
             self._bandwidth = 2 * size / timing["copy"].device
@@ -39,8 +39,8 @@ class Limits:
         """Floating-point operations per second of torch's product of two large square matrices."""
         if dtype not in self._matmul:
             n = MATRIX_SIZE[self.device.type]
-            a = torch.ones(n, n, dtype=dtype, device=self.device)
-            b = torch.ones_like(a)
+            # Random values: a GPU draws less power, and so runs faster, on equal ones.
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             timing = take_turns({"matmul": lambda: a @ b}, self.device, self.seconds)
             self._matmul[dtype] = 2 * n**3 / timing["matmul"].device
         return self._matmul[dtype]

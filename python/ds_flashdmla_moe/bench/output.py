@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .run import Row
 
-__all__ = ["save_json", "save_plot", "table"]
+__all__ = ["duration", "save_json", "save_plot", "table"]
 
 
 def table(rows: Sequence[Row], limits: Mapping[str, float]) -> Table:
@@ -37,7 +37,7 @@ def table(rows: Sequence[Row], limits: Mapping[str, float]) -> Table:
             _sizes(row),
             row.dtype,
             row.implementation,
-            _time(row.time_ms),
+            duration(row.time_ms),
             "" if row.device == "cpu" else f"{row.host_us:.0f}",
             _number(row.gflops),
             _number(row.gbytes),
@@ -57,7 +57,8 @@ def _split(limits: Mapping[str, float]) -> list[tuple[str, str, float]]:
     return [(*name.rsplit(" ", 1), value) for name, value in limits.items()]  # type: ignore[misc]
 
 
-def _time(milliseconds: float) -> str:
+def duration(milliseconds: float) -> str:
+    """Three digits in the unit that suits."""
     return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{1e3 * milliseconds:.3g} µs"
 
 

@@ -55,16 +55,18 @@ def measurements(
     for case in cases:
         for sizes in case.benchmark.get(limits.device.type, ()):
             for dtype in (dtype for dtype in dtypes if dtype in case.dtypes):
-                measured = {case.operator: case.work, case.backward_operator: case.backward_work}
-                for name, work in measured.items():
+                # Not by name: an operator can be its own backward.
+                ways = ((case.operator, case.work, True), (case.backward_operator, case.backward_work, False))
+                for name, work, forward in ways:
                     if work and (not operators or name in operators):
                         text = " ".join(f"{key}={value}" for key, value in sizes.items())
-                        yield f"{name} {text}", _measurement(case, name, work, sizes, dtype, limits, seconds)
+                        yield f"{name} {text}", _measurement(case, name, forward, work, sizes, dtype, limits, seconds)
 
 
 def _measurement(
     case: Case,
     operator: str,
+    forward: bool,
     work: Callable[[Sizes, int], Work],
     sizes: Sizes,
     dtype: torch.dtype,
@@ -74,7 +76,6 @@ def _measurement(
     def run() -> Row:
         trial = Trial(case, dtype, limits.device, sizes)
         trials = {OURS: trial} | {name: trial.of(function) for name, function in case.peers(limits.device.type).items()}
-        forward = operator == case.operator
         calls = {name: one.forward if forward else one.backward for name, one in trials.items()}
         with explain() as choices:
             deviation = trial.forward_deviation() if forward else trial.backward_deviation()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..accuracy import FLOATING, Deviation, deviation
+from ..accuracy import FLOATING, ULP, Deviation, deviation
 
 __all__ = ["Case", "Draw", "Function", "Sizes", "Trial", "Work"]
 
@@ -140,8 +140,8 @@ class Trial:
         inputs = self._wide_inputs()
         outputs = [output for output in _tuple(self.case.formula(**inputs)) if output.requires_grad]
         truths = torch.autograd.grad(outputs, self._arguments(inputs), [grad.double() for grad in self._graph[1]])
-        rounded = 1.0 if self.case.reads_rounded else 0.0
-        return _worst(deviation(*pair, rounded=rounded) for pair in zip(gradients, truths, strict=True))
+        inherited = ULP[self.dtype] if self.case.reads_rounded else 0.0
+        return _worst(deviation(*pair, inherited=inherited) for pair in zip(gradients, truths, strict=True))
 
     def _arguments(self, inputs: dict[str, Any]) -> list[Tensor]:
         return [inputs[name] for name in self.case.gradients]

@@ -26,7 +26,7 @@ def command(
     """Measure operators side by side with what else is installed: torch's own, SDPA, FlashAttention, FlashMLA.
 
     Times are medians of calls that take turns in one process. On a GPU they are the device's, with the L2 cache
-    overwritten before every call, and the host's time until the call returns stands beside them. Rates count the least
+    filled with other data before every call, and the host's time until the call returns stands beside them. Rates count the least
     bytes and operations the work needs. Exit status 1 says that a result is less exact than allowed.
     """
     import torch
@@ -62,13 +62,15 @@ def command(
     if not console.is_terminal:
         console.width = 180  # a file or pipe has no width of its own to keep to
     rows = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(jobs))
-        for title, job in jobs:
-            progress.update(bar, description=title)
-            rows.append(job())
-            progress.advance(bar)
-    console.print(table(rows, limits.as_dict()))
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=len(jobs))
+            for title, job in jobs:
+                progress.update(bar, description=title)
+                rows.append(job())
+                progress.advance(bar)
+    finally:  # an interruption does not take what was measured
+        console.print(table(rows, limits.as_dict()))
     if json:
         save_json(json, rows, limits.as_dict(), environment.describe())
     if plot:

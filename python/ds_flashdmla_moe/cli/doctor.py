@@ -20,32 +20,33 @@ def command(
     """
     import sys
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from .. import doctor
+    from ..bench.output import duration
     from .requests import device_named
 
     console = Console(highlight=False)
     with console.status("Testing every operator"):
         reports = doctor.run(device_named(device) if device else None)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("operator", "runs on", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("error", "of allowed", "time"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+        table.add_column(name, justify="right", no_wrap=True)
     previous = ""
     for report in reports:
         part = f"{report.max_error / report.tolerance:.0%}" if report.tolerance else ""
+        verdict = f"[green]{part} ok" if report.ok else f"[bold red]{part} FAIL"
         table.add_row(
             "" if report.operator == previous else report.operator,
             report.implementation,
             report.dtype,
             f"{report.max_error:.1e}",
-            part,
-            f"{1e3 * report.time_ms:.0f} µs",
-            "[green]ok" if report.ok else "[bold red]failed",
+            verdict,
+            duration(report.time_ms),
         )
         previous = report.operator
     console.print(table)

@@ -27,10 +27,10 @@ def command(
     lines = {
         **facts["versions"],
         "system": facts["system"],
-        "CPU": f"{facts['cpu']['model']}, {facts['cpu']['threads']} threads, torch uses {facts['cpu']['torch uses']}",
+        "CPU": f"{facts['cpu']['model']}, {facts['cpu']['threads']} threads, {facts['cpu']['instruction set']}",
         "GPU": "\n".join(facts["gpus"]) or "none",
         "library": facts["library"],
-        "CUDA part": "built" if facts["cuda part built"] else "not built",
+        "CUDA part": ", ".join(facts["cuda architectures"]) or "not built",
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in lines.items():

@@ -11,26 +11,17 @@ from html import escape
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..config import LanguageModelConfig, TrainSettings
 from .charts import Line, heatmap, line_chart
 
-__all__ = ["DemoResult", "OperatorRow", "write_report"]
+if TYPE_CHECKING:
+    from ..doctor import OperatorReport
+
+__all__ = ["DemoResult", "read_metrics", "write_report"]
 
 Table = Sequence[Sequence[str]]
-
-
-class OperatorRow(Protocol):
-    """What the report shows of an entry of ``ds_flashdmla_moe.doctor.run()``; the error is relative to float64."""
-
-    operator: str
-    implementation: str
-    dtype: str
-    max_error: float
-    tolerance: float
-    time_ms: float
-    ok: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class DemoResult:
     prompt: str
     sample_before: str
     sample_after: str
-    operators: Sequence[OperatorRow]
+    operators: Sequence[OperatorReport]
     versions: Mapping[str, str]
 
 
@@ -103,9 +94,10 @@ def _facts(result: DemoResult) -> str:
     tokens = sum(record["bytes"] for record in steps)
     speed = tokens / max(sum(record["seconds"] for record in steps), 1e-9)
     trigram = result.baselines["Trigram"]
+    margin = 100 * (1 - result.bits_per_byte / trigram)
     facts = [
         (f"{result.bits_per_byte:.3f}", "bits per byte on validation text"),
-        (f"{100 * (1 - result.bits_per_byte / trigram):.0f} % below", f"the trigram model's {trigram:.3f}"),
+        (f"{abs(margin):.0f} % {'below' if margin > 0 else 'above'}", f"the trigram model's {trigram:.3f}"),
         (f"{result.seconds / 60:.1f} min", f"of training: {len(steps):,} steps, {tokens / 1e6:.2f} million bytes"),
         (f"{speed:,.0f}", "bytes per second, forward and backward"),
     ]
@@ -140,7 +132,7 @@ def _loss(result: DemoResult) -> str:
     last = raw[-1][0]
     smooth, value = [], raw[0][1]
     for step, bits in raw:
-        value += max(0.03, 1 / step) * (bits - value)
+        value += 0.06 * (bits - value)
         smooth.append((step, value))
     lines = [
         Line([(0.0, bits), (last, bits)], "baseline", f"{name} {bits:.2f}") for name, bits in result.baselines.items()
@@ -155,10 +147,12 @@ def _loss(result: DemoResult) -> str:
         lines.append(Line(validation, "validation", f"validation {validation[-1][1]:.2f}", dots=True))
     lines.append(Line(smooth, "train", f"training {smooth[-1][1]:.2f}"))
     low = min(min(bits for _, bits in line.points) for line in lines)
-    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), 6.0))
+    high = max(6.0, low + 1.0, *(bits + 0.2 for bits in result.baselines.values()))
+    chart = line_chart(lines, x_label="step", y_label="bits per byte", y_range=(max(0.0, low - 0.2), high))
     return (
         f"<h2>Loss</h2><figure>{chart}<figcaption>Bits per byte of each training batch (faint), its running mean, and "
-        "of validation text on the way (dots). Values over 6 at the very beginning are cut off.</figcaption></figure>"
+        f"of validation text on the way (dots). Values over {high:.0f} at the very beginning are cut off."
+        "</figcaption></figure>"
     )
 
 
@@ -219,7 +213,8 @@ def _operators(result: DemoResult) -> str:
 
 def _settings(result: DemoResult) -> str:
     def table(values: Mapping[str, Any]) -> str:
-        return _table(["", ""], [[escape(name), escape(str(value))] for name, value in values.items()])
+        rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+        return f'<table class="settings">{rows}</table>'
 
     def card(title: str, values: Mapping[str, Any]) -> str:
         return f"<figure><b>{title}</b>{table(values)}</figure>"

@@ -2,6 +2,7 @@
 """Modules over the library's operators, and the byte-level language model made of them."""
 
 from ..config import LanguageModelConfig
+from . import library
 from .attention import DMLAAttention, LatentCache
 from .language_model import LanguageModel
 from .moe import MoE, Routing
@@ -17,4 +18,5 @@ __all__ = [
     "OperatorSet",
     "RMSNorm",
     "Routing",
+    "library",
 ]

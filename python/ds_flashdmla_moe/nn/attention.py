@@ -6,7 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .operators import OperatorSet, library
+from ..ops import rope_frequencies
+from . import library
+from .float32_buffers import Float32Buffers
+from .operators import OperatorSet
 
 __all__ = ["DMLAAttention", "LatentCache"]
 
@@ -42,7 +45,7 @@ class LatentCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class DMLAAttention(nn.Module):
+class DMLAAttention(Float32Buffers):
     """Causal self-attention of x [batch, tokens, hidden] over per-head keys and values of rank d_lat.
 
     ``q, k, v = x·Wq, x·Wk, x·Wv`` per head [head_dim]; RoPE (interleaved pairs) on q and k; then
@@ -61,12 +64,12 @@ class DMLAAttention(nn.Module):
         d_lat: int,
         *,
         rope_theta: float = 10000.0,
-        ops: OperatorSet | None = None,
+        ops: OperatorSet = library,
     ) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"DMLAAttention: head_dim must be even, got {head_dim}")
-        self.ops = ops or library()
+        self.ops = ops
         self.heads, self.head_dim, self.d_lat = heads, head_dim, d_lat
         self.qkv = nn.Linear(hidden, 3 * heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, hidden, bias=False)
@@ -74,8 +77,7 @@ class DMLAAttention(nn.Module):
         self.wv = nn.Parameter(torch.empty(head_dim, d_lat))
         nn.init.orthogonal_(self.wk)  # keeps the norms of q, k, v up to the part that the rank cuts off
         nn.init.orthogonal_(self.wv)
-        inv_freq = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("inv_freq", rope_frequencies(head_dim, rope_theta), persistent=False)
 
     def make_cache(self, batch: int, capacity: int) -> LatentCache:
         return LatentCache(batch, self.heads, capacity, self.d_lat, self.wk.dtype, self.wk.device)
@@ -84,7 +86,7 @@ class DMLAAttention(nn.Module):
         """q, k, v [batch, heads, tokens, head_dim] of tokens at positions start, start + 1, …"""
         batch, tokens, _ = x.shape
         qk, v = self.qkv(x).view(batch, tokens, 3 * self.heads, self.head_dim).tensor_split([2 * self.heads], dim=2)
-        positions = torch.arange(start, start + tokens, device=x.device).expand(batch, tokens)
+        positions = torch.arange(start, start + tokens, device=x.device)
         q, k = self.ops.rope(qk, positions, self.inv_freq).transpose(1, 2).chunk(2, dim=1)
         return q, k, v.transpose(1, 2)
 

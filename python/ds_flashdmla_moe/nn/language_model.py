@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LanguageModelConfig
+from . import library
 from .attention import DMLAAttention, LatentCache
 from .moe import MoE
 from .norm import RMSNorm
-from .operators import OperatorSet, library
+from .operators import OperatorSet
 
 __all__ = ["LanguageModel", "LossParts"]
 
@@ -67,9 +68,8 @@ class LanguageModel(nn.Module):
     (default) or :mod:`ds_flashdmla_moe.reference`, torch's own operators behind the same names.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, ops: OperatorSet | None = None) -> None:
+    def __init__(self, config: LanguageModelConfig, *, ops: OperatorSet = library) -> None:
         super().__init__()
-        ops = ops or library()
         self.config = config
         self.embedding = nn.Embedding(VOCAB, config.hidden)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.layers))
@@ -127,7 +127,8 @@ class LanguageModel(nn.Module):
             balance.append(routing.balance_loss)
             loads.append(routing.load)
             x = x + block.moe(h)
-        cross_entropy = F.cross_entropy(self._logits(x).flatten(0, 1).float(), targets.flatten())
+        logits = self._logits(x).flatten(0, 1)
+        cross_entropy = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
         return LossParts(cross_entropy, torch.stack(balance).mean(), torch.stack(loads))
 
     def update_bias(self, load: Tensor, rate: float) -> None:

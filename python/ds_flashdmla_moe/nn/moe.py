@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operators import OperatorSet, library
-
-if TYPE_CHECKING:
-    from ..ops import MoEWeights
+from ..moe import MoEWeights
+from ..ops.moe import Scoring
+from . import library
+from .float32_buffers import Float32Buffers
+from .operators import OperatorSet
 
 __all__ = ["MoE", "Routing"]
+
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
 
 
 class Routing(NamedTuple):
@@ -24,7 +33,7 @@ class Routing(NamedTuple):
     balance_loss: Tensor
 
 
-class MoE(nn.Module):
+class MoE(Float32Buffers):
     """y = Σ over the topk selected experts of weight · FFN(x), plus the shared expert; FFN = w2·swiglu(w13·x).
 
     x [..., hidden]. ``scoring``, ``renormalize``, ``capacity`` and the group limit are those of
@@ -44,7 +53,7 @@ class MoE(nn.Module):
         experts: int,
         topk: int,
         *,
-        scoring: str = "softmax",
+        scoring: Scoring = "softmax",
         renormalize: bool = True,
         routed_scaling_factor: float = 1.0,
         n_group: int = 1,
@@ -53,12 +62,12 @@ class MoE(nn.Module):
         capacity: float | None = None,
         swiglu_limit: float | None = None,
         fused: bool = True,
-        ops: OperatorSet | None = None,
+        ops: OperatorSet = library,
     ) -> None:
         super().__init__()
         if not 0 < topk <= experts:
             raise ValueError(f"MoE: topk must be in [1, experts={experts}], got {topk}")
-        self.ops = ops or library()
+        self.ops = ops
         self.experts, self.topk, self.scoring, self.fused = experts, topk, scoring, fused
         self.n_group, self.topk_group = n_group, topk_group
         self.options = {
@@ -80,8 +89,6 @@ class MoE(nn.Module):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
     def weights(self) -> MoEWeights:
-        from ..ops import MoEWeights
-
         return MoEWeights(self.gate, self.w13, self.w2, self.gate_bias, self.shared_w13, self.shared_w2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,18 +108,21 @@ class MoE(nn.Module):
 
         f_e is expert e's share of the pairs, p_e its mean score, scores normalised per token.
         """
-        _, indices, scores = self.ops.moe_gate(
-            x.reshape(-1, x.shape[-1]),
-            self.gate,
-            self.topk,
-            gate_bias=self.gate_bias,
-            scoring=self.scoring,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-        )
-        load = indices.reshape(-1).bincount(minlength=self.experts)
-        share = load.to(scores.dtype) / indices.numel()
-        balance_loss = self.experts * (share * F.normalize(scores, p=1.0, dim=-1).mean(0)).sum()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.reshape(-1, x.shape[-1]).to(wide), self.gate.to(wide))
+        with torch.no_grad():
+            _, indices = self.ops.moe_gate(
+                logits,
+                self.topk,
+                bias=self.gate_bias,
+                scoring=self.scoring,
+                n_group=self.n_group,
+                topk_group=self.topk_group,
+            )
+        load = indices.flatten().bincount(minlength=self.experts)
+        share = load.to(wide) / max(indices.numel(), 1)
+        mean_score = F.normalize(_SCORES[self.scoring](logits), p=1.0, dim=-1).mean(0)
+        balance_loss = self.experts * (share * mean_score).sum()
         return Routing(load, balance_loss)
 
     @torch.no_grad()

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .operators import OperatorSet, library
+from . import library
+from .operators import OperatorSet
 
 __all__ = ["RMSNorm"]
 
@@ -14,9 +15,9 @@ __all__ = ["RMSNorm"]
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension of x [..., hidden]."""
 
-    def __init__(self, hidden: int, eps: float = 1e-6, *, ops: OperatorSet | None = None) -> None:
+    def __init__(self, hidden: int, eps: float = 1e-6, *, ops: OperatorSet = library) -> None:
         super().__init__()
-        self.ops = ops or library()
+        self.ops = ops
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden))
 

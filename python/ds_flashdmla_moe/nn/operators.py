@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-__all__ = ["OperatorSet", "library"]
+__all__ = ["OperatorSet"]
 
 
 class OperatorSet(Protocol):
-    """What a module calls. The modules ``ds_flashdmla_moe.ops`` and ``ds_flashdmla_moe.reference`` are such sets."""
+    """What the modules call. ``ds_flashdmla_moe.nn.library`` and ``ds_flashdmla_moe.reference`` are such sets."""
 
     @property
     def flash_dmla_fwd(self) -> Callable[..., Any]: ...
@@ -24,15 +21,8 @@ class OperatorSet(Protocol):
     @property
     def moe_megakernel_fwd(self) -> Callable[..., Tensor]: ...
     @property
-    def moe_gate(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]: ...
+    def moe_gate(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
     @property
     def rms_norm(self) -> Callable[..., Tensor]: ...
     @property
     def rope(self) -> Callable[..., Tensor]: ...
-
-
-def library() -> OperatorSet:
-    """The library's own operators."""
-    from .. import ops
-
-    return ops

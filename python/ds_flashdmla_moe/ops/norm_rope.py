@@ -88,7 +88,7 @@ def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool = Tru
         raise ValueError(f"rope: x must be [..., tokens, heads, d], got {list(x.shape)}")
     lead = x.shape[:-2]
     try:
-        flat_positions = positions.expand(lead).reshape(-1)
+        flat_positions = positions.expand(lead).reshape(-1).contiguous()
     except RuntimeError:
         raise ValueError(
             f"rope: positions must broadcast to [..., tokens] = {list(lead)}, got {list(positions.shape)}"

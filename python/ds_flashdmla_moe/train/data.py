@@ -105,7 +105,8 @@ def load_corpus(paths: Sequence[Path] = (), max_bytes: int = MAX_BYTES) -> Corpu
 
 def training_batch(text: Tensor, batch: int, context: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets [batch, context] of one step: random windows that depend on (seed, step) alone."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    mixed = zlib.crc32(f"{seed}/{step}".encode())  # torch's CPU generator uses 32 bits of its seed
+    generator = torch.Generator().manual_seed(mixed)
     if text.numel() <= context:
         raise ValueError(f"the training text must be longer than context = {context} bytes, got {text.numel()}")
     starts = torch.randint(text.numel() - context, (batch, 1), generator=generator)

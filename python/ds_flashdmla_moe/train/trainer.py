@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import LanguageModelConfig, TrainSettings, from_dict
-from ..nn.language_model import LanguageModel
+from ..nn import LanguageModel, OperatorSet, library
 from .checkpoint import Checkpoint, CheckpointError
 from .data import Corpus, training_batch
-
-if TYPE_CHECKING:
-    from ..nn.operators import OperatorSet
 
 __all__ = ["StepRecord", "Trainer", "bits_per_byte", "learning_rate", "model_from_checkpoint"]
 
@@ -68,7 +64,7 @@ class Trainer:
         settings: TrainSettings,
         corpus: Corpus,
         *,
-        ops: OperatorSet | None = None,
+        ops: OperatorSet = library,
     ) -> None:
         torch.manual_seed(settings.seed)
         self.config, self.settings, self.corpus = config, settings, corpus
@@ -92,7 +88,10 @@ class Trainer:
         inputs, targets = training_batch(
             self.corpus.train, settings.batch, self.config.context, settings.seed, self.step
         )
-        parts = self.model.loss(inputs, targets)
+        try:
+            parts = self.model.loss(inputs, targets)
+        except ValueError as error:  # the gate refuses scores that are not numbers
+            raise ValueError(f"training broke down at step {self.step + 1} ({error}); lower --learning-rate") from error
         loss = parts.cross_entropy
         if settings.balance in ("loss", "both"):
             loss = loss + settings.balance_loss * parts.balance_loss
@@ -100,7 +99,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
         value = parts.cross_entropy.item() / math.log(2.0)
         if not math.isfinite(value) or not math.isfinite(norm.item()):
-            raise ValueError(f"the loss is no longer finite at step {self.step + 1}; lower --learning-rate")
+            raise ValueError(f"training broke down at step {self.step + 1} (loss {value:g}); lower --learning-rate")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if settings.balance in ("bias", "both"):

@@ -6,7 +6,6 @@
 
 #include "src/attention/attend_cpu.h"
 #include "src/attention/flash_attn/flash_attn.h"
-#include "src/core/parallel_for.h"
 #include "src/cpu/convert.h"
 #include "src/cpu/vector_math.h"
 
@@ -50,6 +49,14 @@ std::vector<Sequence> sequences(const Args& a) {
   return result;
 }
 
+/// Multiply-adds of the forward pass.
+template <class Args>
+std::int64_t work_of(const Args& a, const std::vector<Sequence>& all) {
+  std::int64_t pairs = 0;
+  for (const Sequence& sequence : all) pairs += sequence.q.rows * sequence.kv.rows;
+  return pairs * a.q.size(-2) * (a.q.size(-1) + a.v.size(-1));
+}
+
 /// The part of one sequence's queries in one head.
 template <class Args>
 attention::Head head_of(const Args& a, const Sequence& sequence, std::int64_t head, std::int64_t kv_head) {
@@ -89,12 +96,13 @@ void forward(const FlashAttnArgs& a) {
     std::int64_t begin, end;
   };
   std::vector<Block> blocks;
-  for (const Sequence& sequence : sequences(a)) {
+  const std::vector<Sequence> all = sequences(a);
+  for (const Sequence& sequence : all) {
     for (std::int64_t q = 0; q < sequence.q.rows; q += attention::kQueryBlock)
       blocks.push_back({sequence, q, std::min(q + attention::kQueryBlock, sequence.q.rows)});
   }
   const std::int64_t units = static_cast<std::int64_t>(blocks.size()) * h_q;
-  parallel_for(0, units, 1, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, units, attention::head_grain(units, work_of(a, all)), [&](std::int64_t first, std::int64_t last) {
     const std::int64_t most_rows = std::max(attention::kQueryBlock, group);
     std::vector<A> out(most_rows * d_v), lse(most_rows);
     for (std::int64_t unit = first; unit < last; ++unit) {
@@ -132,7 +140,8 @@ void backward(const FlashAttnBackwardArgs& a) {
   const std::int64_t h_q = a.q.size(-2), h_kv = a.k.size(-2), group = h_q / h_kv;
   const std::int64_t d_qk = a.q.size(-1), d_v = a.v.size(-1);
   const std::vector<Sequence> all = sequences(a);
-  parallel_for(0, static_cast<std::int64_t>(all.size()) * h_kv, 1, [&](std::int64_t first, std::int64_t last) {
+  const std::int64_t units = static_cast<std::int64_t>(all.size()) * h_kv;
+  parallel_for(0, units, attention::head_grain(units, work_of(a, all)), [&](std::int64_t first, std::int64_t last) {
     std::vector<A> dq, dk, dv, delta, wide(2 * d_v);
     for (std::int64_t unit = first; unit < last; ++unit) {
       const Sequence& sequence = all[unit / h_kv];

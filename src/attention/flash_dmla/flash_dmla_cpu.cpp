@@ -4,7 +4,6 @@
 
 #include "src/attention/attend_cpu.h"
 #include "src/attention/flash_dmla/flash_dmla.h"
-#include "src/core/parallel_for.h"
 #include "src/cpu/convert.h"
 #include "src/cpu/vector_math.h"
 
@@ -34,7 +33,8 @@ template <class A>
 cpu::Matrix product(std::vector<A>& out, std::int64_t m, std::int64_t n, std::int64_t k, const cpu::Matrix& a,
                     const cpu::Matrix& b) {
   if (static_cast<std::int64_t>(out.size()) < m * n) out.resize(m * n);
-  cpu::gemm<A>(m, n, k, A(1), a, b, A(0), out.data(), n);
+  const auto multiply = num_threads() == 1 ? cpu::gemm<A> : cpu::parallel_gemm<A>;
+  multiply(m, n, k, A(1), a, b, A(0), out.data(), n);
   return rows_of(out.data(), n);
 }
 
@@ -65,23 +65,36 @@ class LatentHead {
   std::vector<A> q_, k_, v_;
 };
 
+/// Multiply-adds of attention and projections in the forward pass.
+template <class Args>
+std::int64_t work_of(const Args& a) {
+  const std::int64_t heads = a.q.size(0) * a.q.size(1), s_q = a.q.size(2), s_kv = a.k.size(2);
+  const std::int64_t projected = s_q * a.q.size(3) + (a.cache_is_latent ? 0 : s_kv * (a.k.size(3) + a.v.size(3)));
+  return heads * a.latent.size(3) * (2 * s_q * s_kv + projected);
+}
+
 template <class A>
 void forward(const FlashDmlaArgs& a) {
-  const std::int64_t heads = a.q.size(1), s_q = a.q.size(2), d_latent = a.latent.size(3);
-  parallel_for(0, a.q.size(0) * heads, 1, [&](std::int64_t first, std::int64_t last) {
+  const std::int64_t heads = a.q.size(1), all_heads = a.q.size(0) * heads, s_q = a.q.size(2),
+                     d_latent = a.latent.size(3);
+  const std::int64_t blocks = (s_q + attention::kQueryBlock - 1) / attention::kQueryBlock;
+  parallel_for(0, all_heads, attention::head_grain(all_heads, work_of(a)), [&](std::int64_t first, std::int64_t last) {
     LatentHead<A> latent_head;
-    std::vector<A> latent(std::min(s_q, attention::kQueryBlock) * d_latent), out;
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::int64_t batch = unit / heads, h = unit % heads;
       const attention::Head head = latent_head(a, batch, h);
-      for (std::int64_t begin = 0; begin < s_q; begin += attention::kQueryBlock) {
-        const std::int64_t end = std::min(begin + attention::kQueryBlock, s_q), rows = end - begin;
-        attention::attend(head, begin, end, latent.data(), a.lse.as<A>() + unit * s_q + begin);
-        store_head(latent.data(), rows, a.latent, batch, h, begin);
-        if (!a.out) continue;
-        product(out, rows, a.wv.size(0), d_latent, rows_of(latent.data(), d_latent), transposed(weight_of(a.wv)));
-        store_head(out.data(), rows, a.out, batch, h, begin);
-      }
+      parallel_for(0, blocks, 1, [&](std::int64_t first_block, std::int64_t last_block) {
+        std::vector<A> latent(std::min(s_q, attention::kQueryBlock) * d_latent), out;
+        for (std::int64_t block = first_block; block < last_block; ++block) {
+          const std::int64_t begin = block * attention::kQueryBlock;
+          const std::int64_t end = std::min(begin + attention::kQueryBlock, s_q), rows = end - begin;
+          attention::attend(head, begin, end, latent.data(), a.lse.as<A>() + unit * s_q + begin);
+          store_head(latent.data(), rows, a.latent, batch, h, begin);
+          if (!a.out) continue;
+          product(out, rows, a.wv.size(0), d_latent, rows_of(latent.data(), d_latent), transposed(weight_of(a.wv)));
+          store_head(out.data(), rows, a.out, batch, h, begin);
+        }
+      });
     }
   });
 }
@@ -120,7 +133,7 @@ void backward(const FlashDmlaBackwardArgs& a) {
   const std::int64_t heads = a.q.size(1), all_heads = a.q.size(0) * heads, parts = std::min(all_heads, kMaxParts);
   const std::int64_t s_q = a.q.size(2), s_kv = a.k.size(2), d_latent = a.latent.size(3);
   WeightGradient<A> dwk(a.dwk, parts), dwv(a.dwv, parts);
-  parallel_for(0, parts, 1, [&](std::int64_t first, std::int64_t last) {
+  parallel_for(0, parts, attention::head_grain(parts, work_of(a)), [&](std::int64_t first, std::int64_t last) {
     LatentHead<A> latent_head;
     std::vector<A> dlatent(s_q * d_latent), delta(s_q), wide(d_latent), dq, dk, dv, projected;
     for (std::int64_t part = first; part < last; ++part) {

@@ -110,6 +110,16 @@ TEST_F(Registry, RecordsChoicesWithTheirReasons) {
   EXPECT_TRUE(recorded_choices().empty());
 }
 
+TEST_F(Registry, RecordsAChoiceOfNone) {
+  record_choices(true);
+  EXPECT_NE(message_of([] { run(probe, 101); }), "");
+  const std::vector<Choice> choices = recorded_choices();
+  ASSERT_EQ(choices.size(), 1u);
+  EXPECT_EQ(choices[0].implementation, "");
+  ASSERT_EQ(choices[0].rejections.size(), 3u);
+  EXPECT_EQ(choices[0].rejections[2].reason, "size above 100");
+}
+
 TEST_F(Registry, ListsOperatorsInOrderWithWhatIsBuilt) {
   const std::vector<OperatorInfo> all = operators();
   const auto key = [](const OperatorInfo& info) { return std::pair(info.family, info.name); };

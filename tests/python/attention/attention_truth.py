@@ -60,4 +60,4 @@ def attention_gradients(
 
 
 def largest(t: Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
+    return float(t.detach().abs().max()) if t.numel() else 0.0

@@ -28,10 +28,12 @@ CASES = [
     Case(2, 5, 7, 4, 2, 4, 3),
     Case(1, 127, 129, 2, 1, 32, 32),  # one off the tiles of 128
     Case(1, 129, 257, 1, 1, 16, 24),
+    Case(1, 63, 513, 1, 1, 16, 8),
     Case(2, 64, 65, 2, 2, 64, 64),
     Case(1, 65, 128, 3, 1, 128, 128),
     Case(1, 70, 70, 2, 2, 192, 128),
     Case(1, 1, 4200, 4, 2, 16, 16),  # decoding: several wide tiles
+    Case(1, 3, 16500, 2, 1, 8, 8),  # decoding over parts of the keys
     Case(1, 3, 600, 2, 1, 33, 17),
     Case(1, 10, 4, 2, 1, 8, 8),  # causal: the first six queries have no key
     Case(1, 200, 70, 1, 1, 8, 8),
@@ -195,7 +197,9 @@ def test_all_scores_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(2, 300, 300, 6, 2, 32, 24), Case(3, 1, 9000, 4, 2, 16, 16)], ids=["train", "decode"]
+    "case",
+    [Case(2, 300, 300, 6, 2, 32, 24), Case(1, 300, 300, 1, 1, 16, 16), Case(1, 1, 20000, 4, 2, 16, 16)],
+    ids=["heads", "one-head", "decode"],
 )
 def test_same_bits_for_any_number_of_threads_and_on_reruns(case: Case) -> None:
     q, k, v = (t.requires_grad_() for t in draw(case, torch.float32))

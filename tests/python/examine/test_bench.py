@@ -1,0 +1,108 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_flashdmla_moe.accuracy import deviation
+from ds_flashdmla_moe.bench import Limits, Row, limits, measurements, timing
+from ds_flashdmla_moe.bench.output import duration, save_json, save_plot, table
+from ds_flashdmla_moe.cases import CASES, Case, Trial, Work
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Limits:
+    monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(limits, "MATRIX_SIZE", {"cpu": 64})
+    return Limits(CPU, seconds=0.0)
+
+
+def test_calls_take_turns_and_are_warmed_up() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = timing.take_turns(calls, CPU, seconds=0.0)
+    assert timings.keys() == {"a", "b", "c"}
+    assert all(t.device > 0 for t in timings.values())
+    rounds = order[(timing.WARM_UP_CALLS + 1) * 3 :]
+    assert "".join(rounds).startswith("abccbaabc")
+    assert Counter(rounds) == dict.fromkeys("abc", timing.MIN_ROUNDS)
+
+
+def test_the_median_is_of_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    assert timing.take_turns({"a": lambda: None, "b": lambda: next(clock)}, CPU, 0.0) == {"a": (1, 1), "b": (2, 2)}
+
+
+def test_least_time_is_the_larger_of_bytes_and_operations(quick: Limits) -> None:
+    assert quick.least_seconds(Work(0, quick.bandwidth()), torch.float32) == pytest.approx(1)
+    assert quick.least_seconds(Work(2 * quick.matmul(torch.float32), 1), torch.float32) == pytest.approx(2)
+    assert quick.as_dict().keys() == {"copy GB/s", "matmul float32 GFLOP/s"}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.benchmark], ids=lambda c: f"{c.operator} {c.label}")
+def test_what_is_compared_computes_the_same(case: Case) -> None:
+    # As in the benchmark, there are as many queries as keys (or one), and all of a head is rotated.
+    equal = {"s_kv": "s_q", "d_rope": "d"}
+    sizes = {name: case.sizes[equal.get(name, name)] for name in case.sizes}
+    trial = Trial(case, torch.float32, CPU, sizes)
+    ours = trial.forward()[0]
+    peers = case.peers("cpu")
+    assert peers
+    for name, function in peers.items():
+        theirs = trial.of(function).forward()[0]
+        expected = ours[: theirs.shape[0]].double()  # a composition may leave out the unused rows at the end
+        assert ours[theirs.shape[0] :].count_nonzero() == 0
+        assert deviation(theirs, expected).ratio <= 1, name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.benchmark], ids=lambda c: f"{c.operator} {c.label}")
+def test_work_counts_at_least_what_is_touched(case: Case) -> None:
+    """Bytes of the forward pass are those of its inputs and outputs, but for small index tensors."""
+    assert case.work
+    trial = Trial(case, torch.float32, CPU)
+    tensors = [t for t in (*trial.inputs.values(), *trial.forward()) if isinstance(t, torch.Tensor)]
+    touched = sum(t.numel() * t.element_size() for t in tensors)
+    counted = case.work(case.sizes, 4).bytes
+    print(f"{case.operator}: {counted} bytes counted, {touched} in tensors")
+    assert 0.5 * touched <= counted <= 1.2 * touched
+
+
+def test_a_row_is_measured(quick: Limits, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.operator == "rms_norm")
+    case = replace(case, benchmark={"cpu": ({"rows": 16, "hidden": 64},)})
+    jobs = list(measurements([case], [], quick, [torch.float32, torch.bfloat16], 0.0))
+    assert [title for title, _ in jobs] == 2 * ["rms_norm rows=16 hidden=64", "rms_norm_backward rows=16 hidden=64"]
+    rows = [job() for _, job in jobs]
+    for row in rows:
+        assert row.implementation == "cpu"
+        assert row.peers.keys() == {"torch"}
+        assert 0 < row.error <= row.tolerance
+        assert row.gbytes * row.time_ms == pytest.approx(
+            1e-6 * (2 if row.operator == "rms_norm" else 3) * 16 * 64 * (4 if row.dtype == "float32" else 2)
+        )
+        assert row.relative_to("torch") == pytest.approx(row.time_ms / row.peers["torch"])
+    (only, _), *others = measurements([case], ["rms_norm_backward"], quick, [torch.float32], 0.0)
+    assert only.startswith("rms_norm_backward")
+    assert not others
+
+    save_json(tmp_path / "rows.json", rows, quick.as_dict(), {"torch": "x"})
+    stored = json.loads((tmp_path / "rows.json").read_text())
+    assert [Row(**entry) for entry in stored["rows"]] == rows
+    assert stored["limits"]["copy GB/s"] > 0
+    for suffix, magic in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        save_plot(tmp_path / f"rows.{suffix}", rows)
+        assert (tmp_path / f"rows.{suffix}").read_bytes().startswith(magic)
+    assert table(rows, quick.as_dict()).row_count == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.pdf", "rows.png", "rows.svg"]
+
+
+def test_durations_are_read_easily() -> None:
+    assert [duration(ms) for ms in (12.345, 1, 0.5, 0.0123)] == ["12.3 ms", "1 ms", "500 µs", "12.3 µs"]

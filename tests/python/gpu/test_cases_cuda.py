@@ -1,0 +1,178 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Every operator with a CUDA implementation, on the shared cases and on awkward sizes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_flashdmla_moe as dsm
+from ds_flashdmla_moe import _library
+from ds_flashdmla_moe.cases import CASES, Case, Trial
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CUDA = torch.device("cuda", 0)
+
+# Besides the cases' own sizes: one element, odd ones, rows that a block cannot hold in registers, none at all.
+SIZES: dict[str, list[dict[str, int]]] = {
+    "rms_norm": [
+        {"rows": rows, "hidden": hidden}
+        for rows, hidden in [
+            (1, 2), (3, 7), (1000, 8), (65, 130), (33, 2048), (17, 7168), (3, 40000), (2, 70001), (0, 64),
+        ]
+    ],
+    "rope": [
+        {"tokens": tokens, "heads": heads, "d": d, "d_rope": d_rope}
+        for tokens, heads, d, d_rope in [
+            (1, 1, 2, 2), (5, 3, 7, 6), (3, 128, 64, 64), (4, 64, 512, 64), (1000, 1, 64, 64), (2, 2, 9000, 9000),
+            (3, 5, 24, 8), (4, 2, 16, 0), (0, 2, 8, 8),
+        ]
+    ],
+    "swiglu": [
+        {"rows": rows, "intermediate": intermediate}
+        for rows, intermediate in [(1, 1), (3, 7), (33, 2048), (100000, 8), (2, 100003), (0, 8)]
+    ],
+    "moe_gate": [
+        {"tokens": tokens, "experts": experts, "topk": topk}
+        for tokens, experts, topk in [
+            (1, 4, 1), (5, 4, 2), (100, 8, 2), (77, 64, 6), (3000, 256, 8), (40, 300, 7), (19, 1024, 32), (0, 8, 2),
+        ]
+    ],
+}  # fmt: skip
+
+ON_CUDA = {
+    entry["name"]
+    for entry in _library.operators()
+    if any(row["built"] and row["name"] != "cpu" for row in entry["implementations"])
+}
+GPU_CASES = [case for case in CASES if ON_CUDA.issuperset(case.operators)]
+
+
+def every(cases: list[Case], extra: bool) -> list[object]:
+    """(case, sizes, dtype) for all cases and dtypes."""
+    return [
+        pytest.param(
+            case, sizes, dtype, id=f"{case.operator}-{case.label}-{'x'.join(map(str, sizes.values()))}-{dtype}"
+        )
+        for case in cases
+        for sizes in [dict(case.sizes), *(SIZES[case.operator] if extra else [])]
+        for dtype in case.dtypes
+    ]
+
+
+def benchmark_sizes(case: Case) -> dict[str, int]:
+    """The case's smallest size for measuring, or its own: large enough for many blocks."""
+    return dict(case.benchmark.get("cuda", (case.sizes,))[0])
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors and workspaces are full of NaN and of the largest integers, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def forward_and_backward(trial: Trial) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (*trial.forward(), *trial.backward())
+
+
+def same_bits(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("case", "sizes", "dtype"), every(GPU_CASES, extra=True))
+def test_matches_float64(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    trial = Trial(case, dtype, CUDA, sizes)
+    with dsm.explain() as choices:
+        errors = {"forward": trial.forward_deviation(), "backward": trial.backward_deviation()}
+    if trial.forward()[0].numel():
+        assert {choice.implementation for choice in choices} == {"cuda"}
+    for way, error in errors.items():
+        print(f"{case.operator} {way}: {error.ratio:.3f} of the allowed error")
+        assert error.ratio <= 1, f"{way}: {error.ratio:.3g} times the allowed error"
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("case", "sizes", "dtype"), every(GPU_CASES, extra=False))
+def test_ten_runs_give_the_same_bits(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    run = forward_and_backward(Trial(case, dtype, CUDA, benchmark_sizes(case)))
+    first = run()
+    assert all(same_bits(first, run()) for _ in range(9))
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.operator}-{case.label}")
+def test_side_stream_beside_a_busy_one(case: Case) -> None:
+    trial = Trial(case, torch.float32, CUDA, benchmark_sizes(case))
+    expected = forward_and_backward(trial)()
+    source = {name: value.detach().clone() for name, value in trial.inputs.items() if isinstance(value, Tensor)}
+    busy, side = torch.cuda.Stream(), torch.cuda.Stream()
+    noise = torch.randn(4096, 4096, device=CUDA)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(busy):
+        for _ in range(20):
+            noise = (noise @ noise).clamp(-1, 1)
+    with torch.cuda.stream(side), torch.no_grad():
+        # The inputs arrive late on this stream; a kernel on another one would read zeros.
+        for name in source:
+            trial.inputs[name].zero_()
+        torch.cuda._sleep(20_000_000)
+        for name, value in source.items():
+            trial.inputs[name].copy_(value)
+        forward = trial.forward()
+    with torch.cuda.stream(side):
+        backward = trial.of(case.run).backward()
+    side.synchronize()
+    assert same_bits(expected, (*forward, *backward))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.operator}-{case.label}")
+def test_graph_replays_with_changed_inputs(case: Case) -> None:
+    sizes = benchmark_sizes(case)
+    trial = Trial(case, torch.float32, CUDA, sizes)
+    arguments = [trial.inputs[name] for name in case.gradients]
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = case.run(**trial.inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = [output for output in outputs if output.requires_grad]
+        gradients = torch.autograd.grad(wanted, arguments, [torch.ones_like(output) for output in wanted])
+        return (*(output.detach() for output in outputs), *gradients)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    generator = torch.Generator(CUDA).manual_seed(7)
+    for _ in range(3):
+        with torch.no_grad():
+            for argument in arguments:
+                argument.copy_(torch.randn(argument.shape, generator=generator, device=CUDA))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(run(), captured)
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.operator}-{case.label}")
+def test_compile_fullgraph(case: Case) -> None:
+    trial = Trial(case, torch.float32, CUDA)
+    compiled = torch.compile(lambda inputs: case.run(**inputs), fullgraph=True, backend="aot_eager")
+    outputs = compiled(trial.inputs)
+    assert same_bits(
+        trial.forward(), tuple(o.detach() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    )
