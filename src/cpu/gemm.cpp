@@ -163,28 +163,28 @@ void parallel_gemm(Index m, Index n, Index k, Acc alpha, const Matrix& a, const 
                    Index ldc) {
   if (m <= 0 || n <= 0) return;
   // Blocks of C, cut until there are enough for many threads or a block is too little work to be worth a hand-over.
-  constexpr Index enough_blocks = 64, little_work = 1 << 19, row_unit = 12;
+  // Columns first: each block of rows copies its columns of B anew.
+  constexpr Index enough_blocks = 64, little_work = 1 << 21, row_unit = 12;
   const Index column_unit = kernels<Acc>().strip_columns;
   Index rows = 2 * kRows, columns = kColumns;
-  const auto cut = [](Index extent, Index block) { return (extent + block - 1) / block; };
-  while (cut(m, rows) * cut(n, columns) < enough_blocks) {
+  const auto count = [](Index extent, Index block) { return (extent + block - 1) / block; };
+  while (count(m, rows) * count(n, columns) < enough_blocks) {
     const Index height = std::min(m, rows), width = std::min(n, columns);
-    if (height * width * std::max<Index>(k, 1) <= 2 * little_work) break;
-    if (width > 2 * column_unit && width >= 2 * height) {
+    if (height * width * std::max<Index>(k, 1) <= little_work) break;
+    if (width > 2 * column_unit || (height <= row_unit && width > column_unit)) {
       columns = round_up((width + 1) / 2, column_unit);
     } else if (height > row_unit) {
       rows = round_up((height + 1) / 2, row_unit);
-    } else if (width > column_unit) {
-      columns = round_up((width + 1) / 2, column_unit);
     } else {
       break;
     }
   }
-  const Index row_blocks = cut(m, rows);
-  parallel_for(0, row_blocks * cut(n, columns), 1, [&](Index begin, Index end) {
-    for (Index block = begin; block < end; ++block) {
-      const Index i = block % row_blocks * rows, j = block / row_blocks * columns;
-      gemm(std::min(rows, m - i), std::min(columns, n - j), k, alpha, from(a, i, 0), from(b, 0, j), beta,
+  const Index row_blocks = count(m, rows);
+  parallel_for(0, row_blocks * count(n, columns), 1, [&](Index begin, Index end) {
+    for (Index taken; begin < end; begin += taken) {
+      taken = std::min(end - begin, row_blocks - begin % row_blocks);  // blocks above one another, as one
+      const Index i = begin % row_blocks * rows, j = begin / row_blocks * columns;
+      gemm(std::min(taken * rows, m - i), std::min(columns, n - j), k, alpha, from(a, i, 0), from(b, 0, j), beta,
            c + i * ldc + j, ldc);
     }
   });

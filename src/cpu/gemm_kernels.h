@@ -173,7 +173,9 @@ void multiply_few_by_rows(const StripProduct<Acc>& p, const T* b, Index stride) 
   constexpr Index lanes = kLanes<Acc>, width = 4096 / sizeof(Acc), together = 8;
   for (Index start = 0; start < p.n; start += width) {
     const Index columns = p.n - start < width ? p.n - start : width;
-    Acc sums[R][width] = {};
+    Acc sums[R][width];
+    for (int r = 0; r < R; ++r)
+      for (Index j = 0; j < columns; j += lanes) store(sums[r] + j, Vector<Acc>{});
     for (Index q = 0; q < p.k; q += together) {
       const Index depth = p.k - q < together ? p.k - q : together;
       for (Index j = 0; j < columns; j += lanes) {
@@ -209,29 +211,31 @@ void multiply_few_by_columns(const StripProduct<Acc>& p, const T* b, Index strid
       for (int r = 0; r < R; ++r)
         sum[r][v] = multiply_add(broadcast<Acc, side>(p.a[r * p.a_row_stride + q + l]), b_row, sum[r][v]);
     };
-    Index q = 0;
-    if (start + blocks * side <= p.n) {
-      const Index whole = p.k / line * line;
-      for (; q < whole + (blocks - 1) * line; q += line)
+    // Whole cache lines. Each block works one line behind the one before: columns whose distance is a multiple of the
+    // page size share a set of the first-level cache, which holds one block's lines but not two.
+    const Index whole = start + blocks * side <= p.n ? p.k / line * line : 0;
+    for (Index q = 0; whole > 0 && q < whole + (blocks - 1) * line; q += line)
 #pragma GCC unroll 4
-        for (int v = 0; v < blocks; ++v) {
-          const Index lagging = q - v * line;
-          if (lagging < 0 || lagging >= whole) continue;
+      for (int v = 0; v < blocks; ++v) {
+        const Index lagging = q - v * line;
+        if (lagging < 0 || lagging >= whole) continue;
 #pragma GCC unroll 4
-          for (int half = 0; half < line; half += side) {
-            V block[side];
-            load_transposed<Acc>(b + (start + v * side) * stride + lagging + half, stride, block);
+        for (int part = 0; part < line; part += side) {
+          V block[side];
+          load_transposed<Acc>(b + (start + v * side) * stride + lagging + part, stride, block);
 #pragma GCC unroll 8
-            for (int l = 0; l < side; ++l) add(v, lagging + half, l, block[l]);
-          }
+          for (int l = 0; l < side; ++l) add(v, lagging + part, l, block[l]);
         }
-      q = whole;
-    }
-    for (; q < p.k; q += side)
+      }
+    for (Index q = whole; q < p.k; q += side)
       for (int v = 0; v < blocks && start + v * side < p.n; ++v) {
         const Index j = start + v * side;
         V block[side];
-        load_edge_transposed<Acc>(b + j * stride + q, stride, p.k - q, p.n - j, block);
+        if (j + side <= p.n && q + side <= p.k) {
+          load_transposed<Acc>(b + j * stride + q, stride, block);
+        } else {
+          load_edge_transposed<Acc>(b + j * stride + q, stride, p.k - q, p.n - j, block);
+        }
         for (int l = 0; l < side && q + l < p.k; ++l) add(v, q, l, block[l]);
       }
     for (int r = 0; r < R; ++r)

@@ -209,44 +209,60 @@ inline void narrow(Vector<T> value, Float16* target) {
 template <class T>
 constexpr int kSide = (kVectorBytes < 32 ? kVectorBytes : 32) / static_cast<int>(sizeof(T));
 
-/// Swaps the off-diagonal S x S blocks of every 2S x 2S block, and then the same for S / 2, ..., 1.
-template <int S, class V, int... L>
-inline void swap_blocks(V* rows, std::integer_sequence<int, L...> lanes) {
-  constexpr int n = sizeof...(L);
-#pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) {
-    if (i & S) continue;
-    const V a = rows[i], b = rows[i + S];
-    rows[i] = __builtin_shufflevector(a, b, ((L & S) ? n + L - S : L)...);
-    rows[i + S] = __builtin_shufflevector(a, b, ((L & S) ? n + L : L + S)...);
-  }
-  if constexpr (S > 1) swap_blocks<S / 2>(rows, lanes);
+template <class V, int... L>
+inline V join(const auto& first_half, const auto& second_half, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(first_half, second_half, L...);
 }
 
-template <class Half, int... L>
-inline auto join(const Half& a, const Half& b, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(a, b, L...);
+/// Exchanges the second half of a with the first half of b.
+template <class V, int... L>
+inline void exchange_halves(V& a, V& b, std::integer_sequence<int, L...>) {
+  constexpr int n = sizeof...(L), half = n / 2;
+  const V low = __builtin_shufflevector(a, b, (L < half ? L : n + L - half)...);
+  b = __builtin_shufflevector(a, b, (L < half ? L + half : n + L)...);
+  a = low;
+}
+
+/// Elements of a and b in turn, from the first (Upper 0) or second (1) half of each 16-byte lane: one instruction.
+template <int Upper, class V, int... L>
+inline V interleave(const V& a, const V& b, std::integer_sequence<int, L...>) {
+  constexpr int n = sizeof...(L), lane = n * 16 / static_cast<int>(sizeof(V));
+  return __builtin_shufflevector(a, b, (L % 2 * n + L / lane * lane + Upper * lane / 2 + L % lane / 2)...);
 }
 
 /// columns[j] = elements j of kSide rows `stride` apart, as Acc.
 template <class Acc, class T>
 inline void load_transposed(const T* source, Index stride, Vector<Acc, kSide<Acc>>* columns) {
-  constexpr int n = kSide<Acc>, half = n / 2;
-  constexpr std::make_integer_sequence<int, n> lanes;
-  if constexpr (sizeof(T) == sizeof(Acc)) {
-    // Loading halves of two rows into one vector does the first swap for free.
-#pragma GCC unroll 4
-    for (int i = 0; i < half; ++i) {
-      const T *p = source + i * stride, *q = p + half * stride;
-      columns[i] = join(widen<half>(p), widen<half>(q), lanes);
-      columns[i + half] = join(widen<half>(p + half), widen<half>(q + half), lanes);
-    }
-    if constexpr (half > 1) swap_blocks<half / 2>(columns, lanes);
-  } else {
+  constexpr int n = kSide<Acc>, lane = 16 / static_cast<int>(sizeof(Acc)), lanes = n / lane;
+  constexpr std::make_integer_sequence<int, n> each;
+  using V = Vector<Acc, n>;
+  static_assert(lanes <= 2 && lane <= 4);
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) columns[i] = __builtin_convertvector(widen<n>(source + i * stride), Vector<Acc, n>);
-    swap_blocks<half>(columns, lanes);
+  for (int i = 0; i < n; ++i) {
+    if constexpr (lanes == 2 && sizeof(T) == sizeof(Acc)) {  // lanes can be put in place by loads alone
+      const T* p = source + i % lane * stride + i / lane * lane;
+      columns[i] = join<V>(widen<lane>(p), widen<lane>(p + lane * stride), each);
+    } else {
+      columns[i] = __builtin_convertvector(widen<n>(source + i * stride), V);
+    }
   }
+  if constexpr (lanes == 2 && sizeof(T) != sizeof(Acc))
+#pragma GCC unroll 4
+    for (int i = 0; i < lane; ++i) exchange_halves(columns[i], columns[i + lane], each);
+#pragma GCC unroll 2
+  for (int group = 0; group < n; group += lane)
+#pragma GCC unroll 2
+    for (int round = 1; round < lane; round *= 2) {
+      V* v = columns + group;
+      V next[lane];
+#pragma GCC unroll 2
+      for (int i = 0; i < lane / 2; ++i) {
+        next[2 * i] = interleave<0>(v[i], v[i + lane / 2], each);
+        next[2 * i + 1] = interleave<1>(v[i], v[i + lane / 2], each);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < lane; ++i) v[i] = next[i];
+    }
 }
 
 }  // namespace
