@@ -76,7 +76,7 @@ class LanguageModelConfig:
 class TrainSettings:
     """Everything besides model and text that decides the numbers of a run; impossible values raise ValueError."""
 
-    steps: int = _setting(2000, "Optimizer steps.", least=1)
+    steps: int = _setting(1600, "Optimizer steps.", least=1)
     batch: int = _setting(4, "Sequences of context bytes per step.", least=1)
     learning_rate: float = _setting(3e-3, "Peak of the schedule.", least=0, alias="--lr")
     warmup: float = _setting(0.05, "Part of the steps with rising rate.", least=0, most=1)

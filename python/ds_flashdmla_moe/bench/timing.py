@@ -18,9 +18,10 @@ Call = Callable[[], object]
 WARM_UP_CALLS = 3
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 HOST_CALLS = 20
-# A GPU is kept busy for this many times the host time of a call, in cycles of at most this clock, before the call is
-# timed: its launches are then all queued, and the events measure the device alone.
-HEAD_START, CYCLES_PER_SECOND = 2.0, 2e9
+# A GPU is kept busy for this many times the host time of a call, and at least so many seconds, in cycles of at most
+# this clock, before the call is timed: its launches are then all queued, and the events measure the device alone. The
+# least covers a backward pass, whose thread may have to be woken up.
+HEAD_START, LEAST_HEAD_START, CYCLES_PER_SECOND = 2.0, 1e-3, 2e9
 
 
 class Timing(NamedTuple):
@@ -79,13 +80,14 @@ def _on_gpu(calls: Mapping[str, Call], device: torch.device, seconds: float) -> 
                 times.append(_host_seconds(call))
             host[name] = statistics.median(times)
         torch.cuda.synchronize()
-        round_seconds = (1 + HEAD_START) * sum(host.values())
+        head_start = {name: max(LEAST_HEAD_START, HEAD_START * spent) for name, spent in host.items()}
+        round_seconds = sum(host.values()) + sum(head_start.values())
         elapsed: dict[str, list[float]] = {name: [] for name in calls}
         for turn in _turns(calls, seconds, round_seconds):
             start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             flush.max()  # read, not written: the call would pay for writing the lines back
-            torch.cuda._sleep(int(HEAD_START * host[turn] * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(head_start[turn] * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
             start.record()
             calls[turn]()
             end.record()

@@ -46,6 +46,9 @@ struct Codec {
     if (exponent == 0) return std::ldexp(mantissa, 1 - bias - mantissa_bits);
     return std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
   }
+
+  /// GoogleTest would print the bytes, pointers included.
+  friend void PrintTo(const Codec& codec, std::ostream* out) { *out << codec.name; }
 };
 
 // clang-format off
