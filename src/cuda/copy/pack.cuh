@@ -37,6 +37,16 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
+/// Forbids the compiler to begin work on a loaded pack before this point: it would wait for the load there.
+template <class T, int N>
+__device__ __forceinline__ void use_from_here(Pack<T, N>& pack) {
+  if constexpr (N * sizeof(T) == kPackBytes) {
+    uint4 words = __builtin_bit_cast(uint4, pack);
+    asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+    pack = __builtin_bit_cast(Pack<T, N>, words);
+  }
+}
+
 /// N elements widened, by as many accesses as they need.
 template <int N, class T>
 __device__ __forceinline__ void load_widened(const T* from, Compute<T> (&to)[N]) {
