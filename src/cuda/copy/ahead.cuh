@@ -19,10 +19,13 @@ __device__ __forceinline__ void fetch_pack(Pack<T, N>* slot, const T* from) {
     *slot = load_pack<N>(from);
 }
 
-/// Waits for all packs that this thread has begun to fetch.
-__device__ __forceinline__ void await_fetched() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
+/// Ends a group: the packs that this thread has begun to fetch since the last group.
+__device__ __forceinline__ void end_fetch_group() { __pipeline_commit(); }
+
+/// Waits for all groups of this thread but the `kLater` last ones.
+template <int kLater>
+__device__ __forceinline__ void await_fetch_groups() {
+  __pipeline_wait_prior(kLater);
   asm volatile("" ::: "memory");  // the wait itself does not keep the compiler from reading the slots before it
 }
 

@@ -4,9 +4,10 @@
 // what does not fit is read again, from the L2 cache. In the backward kernel a thread always sees the same columns and
 // sums their dweight in registers; a second kernel adds up the blocks' sums in a fixed order.
 //
-// H200, part of the same run's copy bandwidth, bf16 | float32: forward 8192 x 7168: 88 | 90 %, 65536 x 2048: 87 | 90 %;
-// backward 78 | 92 % and 85 | 93 %, the sum of dweight included. What keeps the bf16 backward of long rows back are
-// the waits for the row's sum, at three blocks a multiprocessor; two rows ahead is the next thing to try.
+// H200, part of the same run's copy bandwidth, bf16 | float32: forward 8192 x 7168: 88 | 90 %, 65536 x 2048: 87 | 89 %;
+// backward 78 | 89 % and 87 | 96 %, the sum of dweight included. That sum is 7 us of the 106 us of the slowest case;
+// the rest of what it lacks are waits for the row's sum, with two rows of 448 threads on a multiprocessor, and a last
+// round of rows that fills a part of the blocks only.
 #include <algorithm>
 
 #include "src/cpu/visit_dtype.h"
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (; row - threadIdx.y < rows; row += row_step) {
     const int end = row < rows ? hidden : 0;  // threads without a row still take part in the sum
     Pack<T, W> held[kHeld];
-    cuda::await_fetched();
+    cuda::end_fetch_group();
+    cuda::await_fetch_groups<0>();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
       if (first + i * step < end) held[i] = *slot(i);
@@ -130,6 +132,26 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
+/// What a thread holds of the weight in the backward kernel, for all its rows: packs of x's dtype; a wide weight is
+/// read again for each row.
+template <class T, int W>
+struct HeldWeight {
+  Weight<T> weight;
+  Pack<T, W> packs[kHeld];
+
+  __device__ HeldWeight(const Weight<T>& weight, int first, int step, int hidden) : weight(weight) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (weight.same && first + i * step < hidden) packs[i] = cuda::load_pack<W>(weight.same + first + i * step);
+  }
+
+  __device__ void get(int i, int column, Compute<T> (&to)[W]) const {
+    if (!weight.same) return weight.load(column, to);
+#pragma unroll
+    for (int j = 0; j < W; ++j) to[j] = cuda::widened(packs[i].at[j]);
+  }
+};
+
 /// dx, and, with rows that fit into the held packs, in `partials` [gridDim.x, hidden] each block's sum of dweight over
 /// its rows when partials is given.
 template <class T, int W, bool kFits>
@@ -142,53 +164,56 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const int first = threadIdx.x * W, step = blockDim.x * W, threads = blockDim.x * blockDim.y;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const auto slot = [&](int i) { return reinterpret_cast<Pack<T, W>*>(shared_bytes) + i * threads + thread; };
+  // Two stages, of the row at work and of the next one; in a stage kHeld packs of dy, then of x.
+  const auto slot = [&](int stage, int i) {
+    return reinterpret_cast<Pack<T, W>*>(shared_bytes) + (stage * 2 * kHeld + i) * threads + thread;
+  };
+  const HeldWeight<T, W> held_weight(weight, first, step, hidden);
   A dweight[kHeld][W] = {}, next_rstd = 0;
-  const auto fetch = [&](std::int64_t row) {
-    if (row >= rows) return;
+  const auto fetch = [&](std::int64_t row, int stage) {
+    if (row < rows) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int column = first + i * step;
-      if (column >= hidden) continue;
-      cuda::fetch_pack(slot(2 * i), dy[row] + column);
-      cuda::fetch_pack(slot(2 * i + 1), x[row] + column);
+      for (int i = 0; i < kHeld; ++i) {
+        const int column = first + i * step;
+        if (column >= hidden) continue;
+        cuda::fetch_pack(slot(stage, i), dy[row] + column);
+        cuda::fetch_pack(slot(stage, kHeld + i), x[row] + column);
+      }
+      next_rstd = rstds[row];
     }
-    next_rstd = rstds[row];
+    cuda::end_fetch_group();
   };
 
   const unsigned row_step = gridDim.x * blockDim.y;
   std::int64_t row = std::int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  fetch(row);
-  for (; row - threadIdx.y < rows; row += row_step) {
+  int stage = 0;
+  fetch(row, stage);
+  for (; row - threadIdx.y < rows; row += row_step, stage ^= 1) {
     const int end = row < rows ? hidden : 0;
-    Pack<T, W> held_dy[kHeld], held_x[kHeld];
     const A rstd = next_rstd;
-    cuda::await_fetched();
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (first + i * step >= end) continue;
-      held_dy[i] = *slot(2 * i);
-      held_x[i] = *slot(2 * i + 1);
-    }
-    fetch(row + row_step);
+    fetch(row + row_step, stage ^ 1);
+    cuda::await_fetch_groups<1>();
 
     A dot = 0;
-    const auto add_dot = [&](const Pack<T, W>& d, const Pack<T, W>& v, int column) {
-      A w[W];
-      weight.load(column, w);
+    const auto add_dot = [&](const Pack<T, W>& d, const Pack<T, W>& v, const A(&w)[W]) {
 #pragma unroll
       for (int j = 0; j < W; ++j) dot += cuda::widened(d.at[j]) * w[j] * cuda::widened(v.at[j]);
     };
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (first + i * step < end) add_dot(held_dy[i], held_x[i], first + i * step);
-    for (int column = first + kHeld * step; !kFits && column < end; column += step)
-      add_dot(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), column);
-    const A pull = row_sum(dot) / hidden * rstd * rstd;
-
-    const auto store_dx = [&](const Pack<T, W>& d, const Pack<T, W>& v, int column) {
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * step >= end) continue;
+      A w[W];
+      held_weight.get(i, first + i * step, w);
+      add_dot(*slot(stage, i), *slot(stage, kHeld + i), w);
+    }
+    for (int column = first + kHeld * step; !kFits && column < end; column += step) {
       A w[W];
       weight.load(column, w);
+      add_dot(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), w);
+    }
+    const A pull = row_sum(dot) / hidden * rstd * rstd;
+
+    const auto store_dx = [&](const Pack<T, W>& d, const Pack<T, W>& v, A(&w)[W], int column) {
 #pragma unroll
       for (int j = 0; j < W; ++j) w[j] = rstd * (cuda::widened(d.at[j]) * w[j] - cuda::widened(v.at[j]) * pull);
       cuda::store_narrowed(dx[row] + column, w);
@@ -196,13 +221,19 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (first + i * step >= end) continue;
-      store_dx(held_dy[i], held_x[i], first + i * step);
+      // Read again: held in registers they would cost a block its place beside another.
+      const Pack<T, W> d = *slot(stage, i), v = *slot(stage, kHeld + i);
+      A w[W];
+      held_weight.get(i, first + i * step, w);
+      store_dx(d, v, w, first + i * step);
 #pragma unroll
-      for (int j = 0; kFits && j < W; ++j)
-        dweight[i][j] += cuda::widened(held_dy[i].at[j]) * (cuda::widened(held_x[i].at[j]) * rstd);
+      for (int j = 0; kFits && j < W; ++j) dweight[i][j] += cuda::widened(d.at[j]) * (cuda::widened(v.at[j]) * rstd);
     }
-    for (int column = first + kHeld * step; !kFits && column < end; column += step)
-      store_dx(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), column);
+    for (int column = first + kHeld * step; !kFits && column < end; column += step) {
+      A w[W];
+      weight.load(column, w);
+      store_dx(cuda::load_pack<W>(dy[row] + column), cuda::load_pack<W>(x[row] + column), w, column);
+    }
   }
   if (!kFits || !partials) return;
 
@@ -279,7 +310,7 @@ int backward_rows(const RmsNormBackwardArgs& a, const Launch& launch) {
   const int threads = layout.block.x * layout.block.y;
   const auto kernel =
       layout.held ? rms_norm_backward_cuda_kernel<T, W, true> : rms_norm_backward_cuda_kernel<T, W, false>;
-  const std::size_t slots = 2 * sizeof(Pack<T, W>) * kHeld * threads, sums = sizeof(A) * W * kHeld * threads;
+  const std::size_t slots = 2 * 2 * sizeof(Pack<T, W>) * kHeld * threads, sums = sizeof(A) * W * kHeld * threads;
   const std::size_t shared = a.dweight && layout.held ? std::max(slots, sums) : slots;
   cuda::allow_shared_bytes(name, kernel, shared);
   const int resident = cuda::resident_blocks(name, kernel, threads, shared);
