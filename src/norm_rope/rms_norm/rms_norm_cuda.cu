@@ -1,7 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Bound by memory, if the loads of the next row are in flight while a row waits for its sum: the blocks stay for many
-// rows, and fetch one row ahead. A row is handled by as many threads as hold it in registers, so that it is read once;
-// what does not fit is read again, from the L2 cache. In the backward kernel a thread always sees the same columns and
+// rows, and fetch one row ahead. A row is handled by as many threads as hold all of it, so that it is read once; what
+// does not fit is read again, from the L2 cache. In the backward kernel a thread always sees the same columns and
 // sums their dweight in registers; a second kernel adds up the blocks' sums in a fixed order.
 //
 // H200, part of the same run's copy bandwidth, bf16 | float32: forward 8192 x 7168: 88 | 90 %, 65536 x 2048: 87 | 89 %;
