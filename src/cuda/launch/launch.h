@@ -40,10 +40,18 @@ inline int multiprocessors(const char* operation) {
   return count;
 }
 
-/// Lets a kernel use more shared memory than the 48 KB that need no asking.
+/// Shared memory that a block of the current device can ask for, less 1 KB for what kernels declare themselves.
+inline std::size_t shared_bytes_limit(const char* operation) {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), operation);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), operation);
+  return static_cast<std::size_t>(bytes) - 1024;
+}
+
+/// Lets a kernel use more shared memory than the 48 KB that need no asking, of which its own variables take a part.
 template <class... Parameters>
 void allow_shared_bytes(const char* operation, void (*kernel)(Parameters...), std::size_t shared_bytes) {
-  if (shared_bytes > 48 * 1024)
+  if (shared_bytes > 47 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           operation);
 }

@@ -5,9 +5,8 @@
 // sums their dweight in registers; a second kernel adds up the blocks' sums in a fixed order.
 //
 // H200, part of the same run's copy bandwidth, bf16 | float32: forward 8192 x 7168: 88 | 90 %, 65536 x 2048: 87 | 89 %;
-// backward 78 | 89 % and 87 | 96 %, the sum of dweight included. That sum is 7 us of the 106 us of the slowest case;
-// the rest of what it lacks are waits for the row's sum, with two rows of 448 threads on a multiprocessor, and a last
-// round of rows that fills a part of the blocks only.
+// backward, the sum of dweight included, 86 | 94 % and 91 | 94 %. Instructions are the second limit in bf16: widening
+// the weight anew for each row cost 8 %.
 #include <algorithm>
 
 #include "src/cpu/visit_dtype.h"
@@ -132,26 +131,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-/// What a thread holds of the weight in the backward kernel, for all its rows: packs of x's dtype; a wide weight is
-/// read again for each row.
-template <class T, int W>
-struct HeldWeight {
-  Weight<T> weight;
-  Pack<T, W> packs[kHeld];
-
-  __device__ HeldWeight(const Weight<T>& weight, int first, int step, int hidden) : weight(weight) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (weight.same && first + i * step < hidden) packs[i] = cuda::load_pack<W>(weight.same + first + i * step);
-  }
-
-  __device__ void get(int i, int column, Compute<T> (&to)[W]) const {
-    if (!weight.same) return weight.load(column, to);
-#pragma unroll
-    for (int j = 0; j < W; ++j) to[j] = cuda::widened(packs[i].at[j]);
-  }
-};
-
 /// dx, and, with rows that fit into the held packs, in `partials` [gridDim.x, hidden] each block's sum of dweight over
 /// its rows when partials is given.
 template <class T, int W, bool kFits>
@@ -168,7 +147,28 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
   const auto slot = [&](int stage, int i) {
     return reinterpret_cast<Pack<T, W>*>(shared_bytes) + (stage * 2 * kHeld + i) * threads + thread;
   };
-  const HeldWeight<T, W> held_weight(weight, first, step, hidden);
+  // Behind them the thread's part of the weight, widened once for all rows.
+  constexpr int kPart = W < cuda::kPackSize<A> ? W : cuda::kPackSize<A>, kParts = W / kPart;
+  const auto weight_slot = [&](int i, int part) {
+    return reinterpret_cast<Pack<A, kPart>*>(shared_bytes + 4 * kHeld * sizeof(Pack<T, W>) * threads) +
+           (i * kParts + part) * threads + thread;
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (first + i * step >= hidden) continue;
+    A w[W];
+    weight.load(first + i * step, w);
+#pragma unroll
+    for (int j = 0; j < W; ++j) weight_slot(i, j / kPart)->at[j % kPart] = w[j];
+  }
+  const auto held_weight = [&](int i, A(&w)[W]) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const Pack<A, kPart> pack = cuda::load_pack<kPart>(weight_slot(i, part)->at);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) w[part * kPart + j] = pack.at[j];
+    }
+  };
   A dweight[kHeld][W] = {}, next_rstd = 0;
   const auto fetch = [&](std::int64_t row, int stage) {
     if (row < rows) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
     for (int i = 0; i < kHeld; ++i) {
       if (first + i * step >= end) continue;
       A w[W];
-      held_weight.get(i, first + i * step, w);
+      held_weight(i, w);
       add_dot(*slot(stage, i), *slot(stage, kHeld + i), w);
     }
     for (int column = first + kHeld * step; !kFits && column < end; column += step) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kMaxBackwardThreads)
       // Read again: held in registers they would cost a block its place beside another.
       const Pack<T, W> d = *slot(stage, i), v = *slot(stage, kHeld + i);
       A w[W];
-      held_weight.get(i, first + i * step, w);
+      held_weight(i, w);
       store_dx(d, v, w, first + i * step);
 #pragma unroll
       for (int j = 0; kFits && j < W; ++j) dweight[i][j] += cuda::widened(d.at[j]) * (cuda::widened(v.at[j]) * rstd);
@@ -306,12 +306,15 @@ int backward_rows(const RmsNormBackwardArgs& a, const Launch& launch) {
   const std::int64_t rows = a.x.size(0);
   const int hidden = static_cast<int>(a.x.size(1));
   if (rows == 0 || hidden == 0) return 0;
-  const RowLayout layout(rows, hidden, W, kMaxBackwardThreads);
+  // Two stages of dy and x; the widened weight, in whose size the sums come later.
+  constexpr std::size_t kSlots = 4 * kHeld * sizeof(Pack<T, W>), kWeight = kHeld * W * sizeof(A);
+  const auto most_threads = static_cast<unsigned>(cuda::shared_bytes_limit(name) / (kSlots + kWeight));
+  const RowLayout layout(rows, hidden, W,
+                         std::min<unsigned>(kMaxBackwardThreads, most_threads / cuda::kWarpSize * cuda::kWarpSize));
   const int threads = layout.block.x * layout.block.y;
   const auto kernel =
       layout.held ? rms_norm_backward_cuda_kernel<T, W, true> : rms_norm_backward_cuda_kernel<T, W, false>;
-  const std::size_t slots = 2 * 2 * sizeof(Pack<T, W>) * kHeld * threads, sums = sizeof(A) * W * kHeld * threads;
-  const std::size_t shared = a.dweight && layout.held ? std::max(slots, sums) : slots;
+  const std::size_t shared = (kSlots + kWeight) * threads;
   cuda::allow_shared_bytes(name, kernel, shared);
   const int resident = cuda::resident_blocks(name, kernel, threads, shared);
   const int blocks = static_cast<int>(std::min<std::int64_t>({layout.row_groups, resident, kDweightPartials}));
