@@ -8,6 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
+from .hyper_connection import hc_head, hc_post, hc_pre
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 
@@ -18,6 +19,9 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "grouped_gemm",
+    "hc_head",
+    "hc_post",
+    "hc_pre",
     "moe_combine",
     "moe_ffn",
     "moe_gate",
