@@ -1,0 +1,58 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstddef>
+
+#include "dsm/export.h"
+#include "dsm/launch.h"
+#include "dsm/tensor_view.h"
+
+namespace dsm {
+
+// Multi-head latent attention over a paged cache: one row per token serves as key, and its first d_v elements as value.
+// lse is the natural logarithm, float32 (float64 for float64 tensors), +inf for a query without keys, whose output is
+// 0. Arithmetic is in lse's dtype (the probabilities are not rounded either) and each result is rounded once.
+
+/// Attention of new tokens over a paged cache, with grouped query heads:
+///
+///   s_ij = softmax_scale · q_i · k_j,   lse_i = log Σ_j exp(s_ij),   out_i = Σ_j exp(s_ij − lse_i) k_j[:d_v]
+///
+/// Key j < cache_seqlens[b] of request b is row j mod page_size of page block_table[b, j / page_size]; nothing of the
+/// table or of the cache beyond the length is read. Query head h uses key head h / (h_q / h_kv). A causal query i sees
+/// the keys j <= i + cache_seqlens[b] − s_q: the last query is aligned with the last key.
+///
+/// In an FP8 cache the elements are E4M3 codes and a key is k_scale times them.
+/// Errors: on the CPU, a length beyond the table or a page within the length that does not exist.
+/// Source: DeepSeek-V2 (arXiv 2405.04434); the arguments of FlashMLA.
+struct MlaDecodeArgs {
+  TensorView q;        ///< [batch, s_q, h_q, d_qk] float64|float32|float16|bfloat16, elements adjacent
+  TensorView k_cache;  ///< [pages, page_size, h_kv, d_qk] q's dtype, or FP8: float8_e4m3fn|uint8|int8, then q is not
+                       ///< float64; pages, rows and heads any distance apart, elements adjacent
+  TensorView block_table;    ///< [batch, max_pages] int32, requests any distance apart
+  TensorView cache_seqlens;  ///< [batch] int32, keys of each request, 0 to max_pages · page_size
+  TensorView k_scale;        ///< [] or [1] float32; absent: 1. FP8 caches only
+  double softmax_scale = 1;
+  bool causal = false;
+  TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, contiguous, d_v <= d_qk
+  TensorView lse;  ///< out [batch, h_q, s_q] contiguous
+};
+DSM_API void mla_decode(const MlaDecodeArgs& args, const Launch& launch = {});
+DSM_API std::size_t mla_decode_workspace(const MlaDecodeArgs& args);
+
+/// The attention over a set of keys from the attentions over disjoint parts of it (pages of several devices, or two
+/// caches):
+///
+///   lse = log Σ_p exp(lses_p),   out = Σ_p exp(lses_p − lse) outs_p · sigmoid(lse − attn_sink)
+///
+/// The sink is one more score per head with a zero value; it is not in lse. A part with an lse of ±inf has no key for
+/// that query: its output is not read, and may be NaN. NaN in an lse stays.
+struct MergeAttentionStatesArgs {
+  TensorView outs;       ///< [parts, batch, s_q, h_q, d_v] float64|float32|float16|bfloat16, elements adjacent
+  TensorView lses;       ///< [parts, batch, h_q, s_q] float32 (float64 for float64 outs), any strides
+  TensorView attn_sink;  ///< [h_q] lses' dtype; ±inf allowed; absent: -inf, i.e. none
+  TensorView out;        ///< out [batch, s_q, h_q, d_v] outs' dtype, contiguous
+  TensorView lse;        ///< out [batch, h_q, s_q] lses' dtype, contiguous; +inf where no part has a key
+};
+DSM_API void merge_attention_states(const MergeAttentionStatesArgs& args, const Launch& launch = {});
+
+}  // namespace dsm
