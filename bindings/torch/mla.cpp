@@ -42,6 +42,28 @@ std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& k_cache, co
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> sparse_mla_decode(const Tensor& q, const Tensor& k_cache, const Tensor& indices,
+                                             const OptionalTensor& topk_length, const OptionalTensor& extra_k_cache,
+                                             const OptionalTensor& extra_indices,
+                                             const OptionalTensor& extra_topk_length, const OptionalTensor& attn_sink,
+                                             std::int64_t d_v, double softmax_scale) {
+  auto [out, lse] = results("sparse_mla_decode", q, d_v);
+  const SparseMlaDecodeArgs args{.q = view(q),
+                                 .k_cache = view(k_cache),
+                                 .indices = view(indices),
+                                 .topk_length = view(topk_length),
+                                 .extra_k_cache = view(extra_k_cache),
+                                 .extra_indices = view(extra_indices),
+                                 .extra_topk_length = view(extra_topk_length),
+                                 .attn_sink = view(attn_sink),
+                                 .softmax_scale = softmax_scale,
+                                 .out = view(out),
+                                 .lse = view(lse)};
+  Call call(q, sparse_mla_decode_workspace(args));
+  dsm::sparse_mla_decode(args, call.launch());
+  return {out, lse};
+}
+
 std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& outs, const Tensor& lses,
                                                   const OptionalTensor& attn_sink) {
   expect_rank("merge_attention_states", "outs", outs, "[parts, batch, s_q, h_q, d_v]", 5);
@@ -60,11 +82,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   m.def(
       "mla_decode(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, int d_v, float softmax_scale, "
       "bool causal, Tensor? k_scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sparse_mla_decode(Tensor q, Tensor k_cache, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, "
+      "Tensor? extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, int d_v, float softmax_scale) -> "
+      "(Tensor out, Tensor lse)");
   m.def("merge_attention_states(Tensor outs, Tensor lses, Tensor? attn_sink) -> (Tensor out, Tensor lse)");
 }
 
-#define DSM_IMPLEMENT(library)                        \
-  library.impl("mla_decode", TORCH_BOX(&mla_decode)); \
+#define DSM_IMPLEMENT(library)                                      \
+  library.impl("mla_decode", TORCH_BOX(&mla_decode));               \
+  library.impl("sparse_mla_decode", TORCH_BOX(&sparse_mla_decode)); \
   library.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
 
 STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }

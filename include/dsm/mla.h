@@ -39,6 +39,34 @@ struct MlaDecodeArgs {
 DSM_API void mla_decode(const MlaDecodeArgs& args, const Launch& launch = {});
 DSM_API std::size_t mla_decode_workspace(const MlaDecodeArgs& args);
 
+/// Attention of each query over its own lists of cached rows, of one cache or of two in one softmax (DeepSeek-V3.2:
+/// the rows that the indexer chose; DeepSeek-V4: the sliding window and compressed entries):
+///
+///   s_hj = softmax_scale · q_h · k_j,   lse_h = log Σ_j exp(s_hj),   out_h = Σ_j p_hj k_j[:d_v]
+///   p_hj = exp(s_hj) / (Σ_j exp(s_hj) + exp(attn_sink_h))
+///
+/// Caches are plain or quantised (dsm/kv_cache.h): a quantised row stands for its float32 values. Index = page ·
+/// page_size + entry. An index below 0 or beyond the last row is no key; one that is listed twice counts twice. Rows
+/// that no list names within its length are never read. The sink is in no lse; −inf is none, +inf gives output 0.
+/// Source: DeepSeek-V3.2 report (2025), DeepSeek-V4 reference code; the arguments of FlashMLA.
+struct SparseMlaDecodeArgs {
+  TensorView q;  ///< [batch, s_q, h_q, d_qk] float64|float32|float16|bfloat16, elements adjacent
+  /// [pages, page_size, 1, d_qk] q's dtype, or [pages, page_size, 1, bytes] uint8|int8|float8_e4m3fn of a format with
+  /// d_qk values in 656, 352, 584 or 528 bytes; pages any distance apart.
+  TensorView k_cache;
+  TensorView indices;            ///< [batch, s_q, topk] int32, rows of k_cache in any order, elements adjacent
+  TensorView topk_length;        ///< [batch] int32: only so many indices of each query count; absent: all
+  TensorView extra_k_cache;      ///< the second cache, as k_cache, or with 288 bytes; absent: none
+  TensorView extra_indices;      ///< [batch, s_q, extra_topk] int32, given exactly when extra_k_cache is
+  TensorView extra_topk_length;  ///< as topk_length, for extra_indices
+  TensorView attn_sink;          ///< [h_q] lse's dtype, ±inf allowed; absent: −inf
+  double softmax_scale = 1;
+  TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, contiguous, d_v <= d_qk
+  TensorView lse;  ///< out [batch, h_q, s_q] contiguous
+};
+DSM_API void sparse_mla_decode(const SparseMlaDecodeArgs& args, const Launch& launch = {});
+DSM_API std::size_t sparse_mla_decode_workspace(const SparseMlaDecodeArgs& args);
+
 /// The attention over a set of keys from the attentions over disjoint parts of it (pages of several devices, or two
 /// caches):
 ///

@@ -8,7 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
-from .mla import merge_attention_states, mla_decode
+from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 
@@ -28,5 +28,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "sparse_mla_decode",
     "swiglu",
 ]

@@ -54,6 +54,62 @@ def mla_decode(
     )
 
 
+def sparse_mla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    d_v: int = 512,
+    *,
+    softmax_scale: float | None = None,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over its own list of cached rows, of one cache or of two in one softmax.
+
+    ``s_hj = softmax_scale · q_h·k_j``, ``lse_h = log Σ_j exp(s_hj)``, ``out_h = Σ_j exp(s_hj − lse_h) k_j[:d_v] ·
+    sigmoid(lse_h − attn_sink_h)``. An index below 0 or beyond the last row is no key, one that is listed twice counts
+    twice, and rows that are not listed are not read. Arithmetic as in :func:`mla_decode`.
+
+    Args:
+        q: ``[batch, s_q, h_q, d_qk]``, float64, float32, float16 or bfloat16.
+        k_cache: ``[pages, page_size, 1, d_qk]`` in q's dtype, or a quantised cache ``[pages, page_size, 1, bytes]`` of
+            uint8, int8 or float8_e4m3fn, told by its bytes: 656 (DeepSeek-V3.2) and 352 (the same in NVFP4) with
+            ``d_qk = 576``, 584 (DeepSeek-V4) and 528 (V4.1) with ``d_qk = 512``. Pages may be any distance apart.
+        indices: ``[batch, s_q, topk]`` int32, ``page * page_size + entry``.
+        d_v: at most d_qk.
+        softmax_scale: default ``d_qk**-0.5``.
+        attn_sink: ``[h_q]`` float32 (float64 for float64 q), one more score per head with a zero value, which joins the
+            denominator but not lse. −inf is no sink, +inf gives 0.
+        topk_length: ``[batch]`` int32, only the leftmost so many indices count; limited to 0 … topk.
+        extra_k_cache: a second cache as ``k_cache``, which may also have 288 bytes (V4.1 in FP4), and any page size.
+        extra_indices: ``[batch, s_q, extra_topk]`` int32, rows of ``extra_k_cache``.
+        extra_topk_length: as ``topk_length``, for ``extra_indices``.
+
+    Returns:
+        out ``[batch, s_q, h_q, d_v]`` in q's dtype and lse ``[batch, h_q, s_q]`` float32 (float64 for float64). A query
+        without keys gives 0 and lse +inf.
+
+    Raises:
+        ValueError: a shape, dtype, format or device does not fit.
+    """
+    scale = _default_scale("sparse_mla_decode", q, softmax_scale)
+    return torch.ops.dsm.sparse_mla_decode(  # type: ignore[no-any-return]
+        _adjacent(q),
+        k_cache,
+        _adjacent(indices),
+        topk_length,
+        extra_k_cache,
+        None if extra_indices is None else _adjacent(extra_indices),
+        extra_topk_length,
+        attn_sink,
+        d_v,
+        scale,
+    )
+
+
 def merge_attention_states(
     outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor], attn_sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -124,10 +180,26 @@ def _(
     return _results(q, d_v)
 
 
+@fake("sparse_mla_decode")
+def _(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    topk_length: Tensor | None,
+    extra_k_cache: Tensor | None,
+    extra_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    d_v: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _results(q, d_v)
+
+
 @fake("merge_attention_states")
 def _(outs: Tensor, lses: Tensor, attn_sink: Tensor | None) -> tuple[Tensor, Tensor]:
     return _results(outs[0], outs.shape[-1])
 
 
-for _name in ("mla_decode", "merge_attention_states"):
+for _name in ("mla_decode", "sparse_mla_decode", "merge_attention_states"):
     no_gradient(_name)

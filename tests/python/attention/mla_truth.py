@@ -33,11 +33,3 @@ def attend_all(
                 head_sink = -math.inf if sink is None else float(sink[h])
                 out[b, i, h], lse[b, h, i] = attend(q[b, i, h], keys_of(b, i, h), d_v, scale, head_sink)
     return out, lse
-
-
-def e4m3(codes: Tensor) -> Tensor:
-    """The values of E4M3 codes: sign, four exponent bits (bias 7), three mantissa bits, no infinities."""
-    codes = codes.view(torch.uint8).int()
-    exponent, mantissa = codes >> 3 & 15, (codes & 7).double()
-    magnitude = torch.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent.double() - 10), mantissa * 2.0**-9)
-    return torch.where(codes & 127 == 127, math.nan, torch.where(codes > 127, -magnitude, magnitude))

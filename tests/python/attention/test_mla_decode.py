@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from mla_truth import attend_all, e4m3
+from cache_layouts import BYTE_TYPES, e4m3
+from mla_truth import attend_all
 from threads import assert_same_bits
 from torch import Tensor
 
@@ -14,7 +15,6 @@ import ds_flashdmla_moe as dsm
 from tolerance import FLOATING, assert_close
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-BYTES = [torch.float8_e4m3fn, torch.uint8, torch.int8]
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ def paged(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         table[b, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
         for j in range(length):
             used[table[b, j // case.page_size], j % case.page_size] = True
-    if dtype in BYTES:
+    if dtype in BYTE_TYPES:
         codes = rows.to(torch.float8_e4m3fn).view(torch.uint8)
         codes[~used] = 0xFF
         cache = codes.view(dtype)
@@ -65,7 +65,7 @@ def paged(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         cache = rows.to(dtype)
     q = torch.randn(len(case.lengths), case.s_q, case.h_q, case.d_qk) * 3
     return {
-        "q": q.to(torch.float32 if dtype in BYTES else dtype),
+        "q": q.to(torch.float32 if dtype in BYTE_TYPES else dtype),
         "k_cache": cache,
         "block_table": table,
         "cache_seqlens": torch.tensor(case.lengths, dtype=torch.int32),
@@ -84,7 +84,7 @@ def truth(
     softmax_scale: float | None = None,
     k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    values = e4m3(k_cache) if k_cache.dtype in BYTES else k_cache.double()
+    values = e4m3(k_cache) if k_cache.dtype in BYTE_TYPES else k_cache.double()
     values = values * (1 if k_scale is None else k_scale.double())
     page_size, group = k_cache.shape[1], max(q.shape[2] // k_cache.shape[2], 1)
 
@@ -124,7 +124,7 @@ def test_a_query_without_keys() -> None:
 
 
 @pytest.mark.parametrize("q_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", BYTES, ids=str)
+@pytest.mark.parametrize("dtype", BYTE_TYPES, ids=str)
 def test_fp8_cache_with_a_scale(dtype: torch.dtype, q_dtype: torch.dtype) -> None:
     inputs = paged(Case((9, 4), 2, 4, 2, 16, 12, 4), dtype)
     inputs["q"] = inputs["q"].to(q_dtype)
@@ -141,7 +141,7 @@ def test_fuzz(seed: int) -> None:
         tuple(rng.choice([0, 1, 2, 15, 64, 129]) for _ in range(rng.choice([1, 2, 4]))), rng.choice([1, 2, 5]),
         h_kv * rng.choice([1, 2, 5]), h_kv, d_qk, rng.randint(0, d_qk), rng.choice([1, 2, 3, 5, 64]), rng.random() < 0.5,
     )  # fmt: skip
-    dtype = rng.choice([*FLOATING, *BYTES])
+    dtype = rng.choice([*FLOATING, *BYTE_TYPES])
     print(seed, case, dtype)
     check({**paged(case, dtype), "softmax_scale": rng.choice([None, 0.3, -0.2, 0.0])})
 
@@ -243,7 +243,7 @@ def test_differentiation_is_refused() -> None:
 def test_opcheck_and_compile(dtype: torch.dtype) -> None:
     inputs = paged(Case((5, 2), 2, 4, 2, 8, 6, 2), dtype)
     tensors = [inputs[name] for name in ("q", "k_cache", "block_table", "cache_seqlens")]
-    scale = torch.tensor(0.5) if dtype in BYTES else None
+    scale = torch.tensor(0.5) if dtype in BYTE_TYPES else None
     torch.library.opcheck(torch.ops.dsm.mla_decode.default, (*tensors, 6, 0.3, True, scale))
 
     def f(*tensors: Tensor) -> tuple[Tensor, Tensor]:
