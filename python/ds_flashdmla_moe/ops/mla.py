@@ -22,10 +22,10 @@ def mla_decode(
     causal: bool = False,
     k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of new tokens over a paged latent cache, whose rows are keys and, in their first ``d_v`` columns, values.
+    """Attention of new tokens over a paged latent cache: its rows are keys and, in their first ``d_v`` columns, values.
 
-    ``s_ij = softmax_scale · q_i·k_j``, ``lse_i = log Σ_j exp(s_ij)``, ``out_i = Σ_j exp(s_ij − lse_i) k_j[:d_v]``; query
-    head h uses key head ``h // (h_q // h_kv)``. Key j of request b is row ``j % page_size`` of page
+    ``s_ij = softmax_scale · q_i·k_j``, ``lse_i = log Σ_j exp(s_ij)``, ``out_i = Σ_j exp(s_ij − lse_i) k_j[:d_v]``;
+    query head h uses key head ``h // (h_q // h_kv)``. Key j of request b is row ``j % page_size`` of page
     ``block_table[b, j // page_size]``; what lies beyond ``cache_seqlens[b]`` is not read. Arithmetic is in float32
     (float64 for float64 tensors) with one rounding at the end.
 
@@ -115,8 +115,8 @@ def merge_attention_states(
 ) -> tuple[Tensor, Tensor]:
     """The attention over a set of keys from the attentions over disjoint parts of it, with an optional sink.
 
-    ``lse = log Σ_p exp(lses_p)``, ``out = Σ_p exp(lses_p − lse) outs_p · sigmoid(lse − attn_sink)``. A part whose lse is
-    +inf or −inf has no key for that query; its output does not count, whatever it holds.
+    ``lse = log Σ_p exp(lses_p)``, ``out = Σ_p exp(lses_p − lse) outs_p · sigmoid(lse − attn_sink)``. A part whose lse
+    is +inf or −inf has no key for that query; its output does not count, whatever it holds.
 
     Args:
         outs: the parts' outputs, each ``[batch, s_q, h_q, d_v]``: a sequence, or stacked along a first dimension.

@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from mla_truth import attend_all
-from threads import assert_same_bits
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
+from threads import assert_same_bits
 from tolerance import FLOATING, assert_close
 
 NO_KEY = (math.inf, -math.inf)

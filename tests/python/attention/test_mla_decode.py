@@ -8,10 +8,10 @@ import pytest
 import torch
 from cache_layouts import BYTE_TYPES, e4m3
 from mla_truth import attend_all
-from threads import assert_same_bits
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
+from threads import assert_same_bits
 from tolerance import FLOATING, assert_close
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -139,7 +139,8 @@ def test_fuzz(seed: int) -> None:
     h_kv, d_qk = rng.choice([1, 1, 2, 3]), rng.choice([1, 7, 16, 33])
     case = Case(
         tuple(rng.choice([0, 1, 2, 15, 64, 129]) for _ in range(rng.choice([1, 2, 4]))), rng.choice([1, 2, 5]),
-        h_kv * rng.choice([1, 2, 5]), h_kv, d_qk, rng.randint(0, d_qk), rng.choice([1, 2, 3, 5, 64]), rng.random() < 0.5,
+        h_kv * rng.choice([1, 2, 5]), h_kv, d_qk, rng.randint(0, d_qk), rng.choice([1, 2, 3, 5, 64]),
+        rng.random() < 0.5,
     )  # fmt: skip
     dtype = rng.choice([*FLOATING, *BYTE_TYPES])
     print(seed, case, dtype)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from cache_layouts import BYTE_TYPES, FORMATS, Pool, plain, poison, quantised
 from mla_truth import attend_all
-from threads import assert_same_bits
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
+from threads import assert_same_bits
 from tolerance import FLOATING, assert_close
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
