@@ -12,5 +12,6 @@
 #include "dsm/norm_rope.h"
 #include "dsm/parallel.h"
 #include "dsm/registry.h"
+#include "dsm/sparse_mla.h"
 #include "dsm/tensor_view.h"
 #include "dsm/version.h"

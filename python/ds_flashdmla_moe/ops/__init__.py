@@ -11,6 +11,7 @@ from .attention import (
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
+from .sparse_mla import sparse_mla_prefill
 
 __all__ = [
     "flash_attn",
@@ -29,5 +30,6 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "sparse_mla_decode",
+    "sparse_mla_prefill",
     "swiglu",
 ]

@@ -1,0 +1,151 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Latent attention over chosen keys: token-sparse attention of DeepSeek-V3.2 and V4, for training and prefill."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ._register import accumulator_dtype, fake
+
+
+@overload
+def sparse_mla_prefill(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    softmax_scale: float | None = None,
+    d_v: int = 512,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    return_key_probs: Literal[False] = False,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def sparse_mla_prefill(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    softmax_scale: float | None = None,
+    d_v: int = 512,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    return_key_probs: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+def sparse_mla_prefill(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    softmax_scale: float | None = None,
+    d_v: int = 512,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    return_key_probs: bool = False,
+) -> tuple[Tensor, ...]:
+    """Attention of every query over its own list of keys.
+
+    Each row of kv is a key and, in its first ``d_v`` columns, a value::
+
+        s_hj = softmax_scale · q_h·kv_j    max_logits_h = max_j s_hj    lse_h = log Σ_j exp(s_hj)
+        p_hj = exp(s_hj) / (Σ_j exp(s_hj) + exp(attn_sink_h))           out_h = Σ_j p_hj kv_j[:d_v]
+
+    Query head h uses key head ``h // (h_q // h_kv)``; its group shares one list. Sums and exponentials are formed in
+    float32 (float64 for float64 tensors) and results rounded once. No tensor of all scores is ever made. Tensors may
+    have any strides; one whose last dimension is not adjacent is copied.
+
+    Args:
+        q: ``[s_q, h_q, d_qk]``, float64, float32, float16 or bfloat16.
+        kv: ``[s_kv, h_kv, d_qk]`` in q's dtype, h_q a multiple of h_kv. Rows that no list names are never read.
+        indices: ``[s_q, h_kv, topk]`` int32, rows of kv in any order. Below 0 or from s_kv on: no key. A row that is
+            listed twice counts twice.
+        softmax_scale: default ``d_qk**-0.5``.
+        d_v: columns of a row that are its value, at most d_qk.
+        attn_sink: ``[h_q]`` float32 (float64 for float64): a score without a value, in the denominator of out only.
+            −inf is none, +inf gives output 0.
+        topk_length: ``[s_q]`` int32: only so many indices of each query count.
+        out: written and returned instead of a new tensor; without gradients.
+        return_key_probs: return also how much attention each listed key received, ``Σ_h p_hj`` over its query heads
+            (the sink in the denominator): what a training indexer is compared with, after L1 normalisation.
+
+    Returns:
+        out ``[s_q, h_q, d_v]`` in q's dtype, max_logits and lse ``[s_q, h_q]`` float32 (float64 for float64; natural
+        logarithm, without the sink) and, if asked for, key_probs ``[s_q, h_kv, topk]``, 0 where there
+        is no key. A query without a key has out 0, lse +inf and max_logits −inf.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or gradients are wanted through a given out.
+
+    Source: DeepSeek-V3.2 report, 2025; FlashMLA's flash_mla_sparse_fwd.
+    """
+    if q.dim() != 3:
+        raise ValueError(f"sparse_mla_prefill: q must be [s_q, h_q, d_qk], got shape {list(q.shape)}")
+    inputs = (
+        _adjacent(q),
+        _adjacent(kv),
+        _adjacent(indices),
+        None if attn_sink is None else attn_sink.contiguous(),
+        None if topk_length is None else topk_length.contiguous(),
+        max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale,
+    )
+    if out is None:
+        out, max_logits, lse, key_probs = torch.ops.dsm.sparse_mla_prefill(*inputs, d_v, return_key_probs)
+    else:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv, attn_sink, out)):
+            raise ValueError("sparse_mla_prefill: out must be None where gradients are recorded, got a tensor")
+        if out.dim() != 3 or out.shape[-1] != d_v:
+            raise ValueError(f"sparse_mla_prefill: out must be [s_q, h_q, d_v = {d_v}], got shape {list(out.shape)}")
+        max_logits, lse, key_probs = torch.ops.dsm.sparse_mla_prefill_out(*inputs, return_key_probs, out)
+    return (out, max_logits, lse, key_probs) if return_key_probs else (out, max_logits, lse)
+
+
+def _adjacent(tensor: Tensor) -> Tensor:
+    """The tensor, copied if the elements of its last dimension are apart."""
+    if tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+@fake("sparse_mla_prefill")
+def _(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+    softmax_scale: float,
+    d_v: int,
+    return_key_probs: bool,
+) -> tuple[Tensor, ...]:
+    return q.new_empty((*q.shape[:-1], d_v)), *_statistics(q, indices, return_key_probs)
+
+
+@fake("sparse_mla_prefill_out")
+def _(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    attn_sink: Tensor | None,
+    topk_length: Tensor | None,
+    softmax_scale: float,
+    return_key_probs: bool,
+    out: Tensor,
+) -> tuple[Tensor, ...]:
+    return _statistics(q, indices, return_key_probs)
+
+
+def _statistics(q: Tensor, indices: Tensor, return_key_probs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """max_logits, lse and key_probs, which is empty if not wanted."""
+    shapes = (q.shape[:-1], q.shape[:-1], indices.shape if return_key_probs else (0,))
+    max_logits, lse, key_probs = (q.new_empty(shape, dtype=accumulator_dtype(q)) for shape in shapes)
+    return max_logits, lse, key_probs
