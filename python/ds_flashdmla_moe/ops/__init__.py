@@ -9,6 +9,7 @@ from .attention import (
     flash_dmla_fwd,
 )
 from .hyper_connection import hc_head, hc_post, hc_pre
+from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 from .sparse_mla import sparse_mla_prefill
@@ -23,6 +24,8 @@ __all__ = [
     "hc_head",
     "hc_post",
     "hc_pre",
+    "merge_attention_states",
+    "mla_decode",
     "moe_combine",
     "moe_ffn",
     "moe_gate",
@@ -30,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "sparse_mla_decode",
     "sparse_mla_prefill",
     "swiglu",
 ]
