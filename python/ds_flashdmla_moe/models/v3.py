@@ -1,0 +1,268 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""DeepSeek-V3: multi-head latent attention and group-limited mixture of experts (arXiv 2412.19437)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..moe import MoEWeights, moe_megakernel_fwd
+from ..nn.float32_buffers import Float32Buffers
+from ..nn.norm import RMSNorm
+from .cache import PagedCache, Step
+from .config import V3Config
+from .language_model import LanguageModel
+
+__all__ = ["DeepseekV3"]
+
+LATENT_EPS = 1e-6  # of the norms of the low-rank queries and keys, whatever the config says of the others
+
+
+class Attention(nn.Module):
+    """Attention over latent rows ``[RMSNorm(latent) | rotated key]`` of d_latent + d_rope numbers per token.
+
+    Over whole sequences, and for the first tokens of a cache, keys and values are expanded from the rows. Behind these
+    the expansion is absorbed into queries and output, and the cached rows themselves are keys and, in their first
+    d_latent columns, values.
+    """
+
+    def __init__(self, config: V3Config, layer: int, row_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        c, bias = config, config.attention_bias
+        self.config, self.layer, self.row_dtype = config, layer, row_dtype
+        self.scale = (c.d_nope + c.d_rope) ** -0.5 * c.rope.softmax_factor
+        if c.q_rank is None:
+            self.q_proj = nn.Linear(c.hidden, c.heads * (c.d_nope + c.d_rope), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(c.hidden, c.q_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(c.q_rank, LATENT_EPS)
+            self.q_b_proj = nn.Linear(c.q_rank, c.heads * (c.d_nope + c.d_rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden, c.d_latent + c.d_rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(c.d_latent, LATENT_EPS)
+        self.kv_b_proj = nn.Linear(c.d_latent, c.heads * (c.d_nope + c.d_v), bias=False)
+        self.o_proj = nn.Linear(c.heads * c.d_v, c.hidden, bias=bias)
+
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, step: Step | None) -> Tensor:
+        q = self.q_proj(x) if self.config.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.view(*x.shape[:-1], self.config.heads, self.config.d_nope + self.config.d_rope)
+        q = ops.rope(q, positions, inv_freq, self.config.rope_interleaved)
+        rows = self._rows(x, positions, inv_freq)
+        out = None
+        if step is not None:
+            cache = step.append(self.layer, rows)
+            out = None if step.fresh else self._absorbed(q, cache, step)
+        y: Tensor = self.o_proj((self._expanded(q, rows) if out is None else out).flatten(-2))
+        return y
+
+    def _rows(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        latent, k_rope = self.kv_a_proj_with_mqa(x).tensor_split([self.config.d_latent], -1)
+        if self.config.rope.magnitude != 1.0:  # of query and key; only their product matters
+            k_rope = k_rope * self.config.rope.magnitude**2
+        k_rope = ops.rope(k_rope.unsqueeze(-2), positions, inv_freq, self.config.rope_interleaved).squeeze(-2)
+        rows = torch.cat((self.kv_a_layernorm(latent), k_rope), -1)
+        return rows if self.row_dtype is None else rows.to(self.row_dtype).to(rows.dtype)
+
+    def _expanded(self, q: Tensor, rows: Tensor) -> Tensor:
+        c = self.config
+        latent, k_rope = rows.tensor_split([c.d_latent], -1)
+        kv = self.kv_b_proj(latent).view(*rows.shape[:-1], c.heads, c.d_nope + c.d_v)
+        k_nope, v = kv.tensor_split([c.d_nope], -1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), -1)
+        return ops.flash_attn(q, k, v, softmax_scale=self.scale, causal=True)[0]
+
+    def _absorbed(self, q: Tensor, cache: Tensor, step: Step) -> Tensor:
+        c = self.config
+        q_nope, q_rope = q.tensor_split([c.d_nope], -1)
+        w_uk, w_uv = self.kv_b_proj.weight.view(c.heads, -1, c.d_latent).tensor_split([c.d_nope], 1)
+        query = torch.cat((torch.einsum("bshn,hnl->bshl", q_nope, w_uk), q_rope), -1)
+        wide = torch.promote_types(query.dtype, cache.dtype)
+        latent, _ = ops.mla_decode(
+            query.to(wide),
+            cache.to(wide),
+            step.block_table,
+            step.lengths,
+            c.d_latent,
+            softmax_scale=self.scale,
+            causal=True,
+        )
+        return torch.einsum("bshl,hvl->bshv", latent.to(q.dtype), w_uv)
+
+
+class Mlp(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(ops.swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))
+        return y
+
+
+class Gate(Float32Buffers):
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: V3Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, dtype=torch.float32))
+
+
+class Experts(nn.Module):
+    """The routed experts' matrices stacked, gate rows before up rows."""
+
+    def __init__(self, config: V3Config) -> None:
+        super().__init__()
+        c = config
+        self.gate_up_proj = nn.Parameter(torch.empty(c.experts, 2 * c.expert_intermediate, c.hidden))
+        self.down_proj = nn.Parameter(torch.empty(c.experts, c.hidden, c.expert_intermediate))
+
+
+class Moe(nn.Module):
+    def __init__(self, config: V3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts: Mlp | None = None
+        if config.shared_experts:
+            self.shared_experts = Mlp(config.hidden, config.shared_experts * config.expert_intermediate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, shared = self.config, self.shared_experts
+        weights = MoEWeights(
+            gate=self.gate.weight,
+            w13=self.experts.gate_up_proj,
+            w2=self.experts.down_proj,
+            gate_bias=self.gate.e_score_correction_bias,
+            shared_w13=None if shared is None else torch.cat((shared.gate_proj.weight, shared.up_proj.weight)),
+            shared_w2=None if shared is None else shared.down_proj.weight,
+        )
+        return moe_megakernel_fwd(
+            x,
+            weights,
+            topk=c.topk,
+            scoring="sigmoid",
+            renormalize=c.renormalize,
+            routed_scaling_factor=c.routed_scaling_factor,
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+        )
+
+
+class Layer(nn.Module):
+    def __init__(self, config: V3Config, layer: int, row_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden, config.eps)
+        self.self_attn = Attention(config, layer, row_dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
+        self.mlp = Moe(config) if config.is_moe(layer) else Mlp(config.hidden, config.intermediate)
+
+    def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, step: Step | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, inv_freq, step)
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
+
+
+class Backbone(Float32Buffers):
+    """Embedding, layers and the norm behind them."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: V3Config, row_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(Layer(config, layer, row_dtype) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps)
+        rope = config.rope
+        inv_freq = ops.rope_frequencies(
+            config.d_rope,
+            rope.theta,
+            factor=rope.factor,
+            original_length=rope.original_length,
+            beta_fast=rope.beta_fast,
+            beta_slow=rope.beta_slow,
+        )
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def forward(self, input_ids: Tensor, step: Step | None) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if step is None else step.positions
+        x: Tensor = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, positions, self.inv_freq, step)
+        y: Tensor = self.norm(x)
+        return y
+
+
+class DeepseekV3(LanguageModel):
+    """DeepSeek-V3 with Hugging Face's parameter names; the routed experts' matrices are stacked (:class:`Experts`).
+
+    Attributes:
+        config: the sizes.
+        cache_dtype: of the cache's rows. Where it is narrower than the parameters' dtype, rows are rounded to it over
+            whole sequences, too, so that ``generate`` and ``forward`` compute the same.
+    """
+
+    def __init__(self, config: V3Config, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+        super().__init__(config.vocab, config.eos)
+        self.config, self.cache_dtype = config, cache_dtype
+        row_dtype = None if torch.promote_types(dtype, cache_dtype) == cache_dtype else cache_dtype
+        self.model = Backbone(config, row_dtype)
+        self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.tie()
+        self.to(dtype)
+
+    def tie(self) -> None:
+        """Make the head's matrix the embedding's where the config says so."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden(self, input_ids: Tensor, step: Step | None) -> Tensor:
+        y: Tensor = self.model(input_ids, step)
+        return y
+
+    def make_cache(self, capacities: Sequence[int], page_order: Tensor | None = None) -> PagedCache:
+        c, device = self.config, self.lm_head.weight.device
+        return PagedCache(c.layers, c.d_latent + c.d_rope, capacities, self.cache_dtype, device, page_order)
+
+    @staticmethod
+    def tensor_count(config: V3Config) -> int:
+        """A lower bound, free of the cost of a model, on the tensors of a checkpoint."""
+        moe = sum(map(config.is_moe, range(config.layers)))
+        return 8 * config.layers + 3 * config.experts * moe
+
+    def stored_parts(self, parameter: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
+        """The checkpoint's tensors that make up a parameter or buffer, with the part that each one fills."""
+        prefix, _, last = parameter.rpartition(".experts.")
+        if not prefix:
+            yield parameter, ()
+            return
+        rows = self.config.expert_intermediate
+        for expert in range(self.config.experts):
+            if last == "down_proj":
+                yield f"{prefix}.experts.{expert}.down_proj.weight", (expert,)
+            else:
+                yield f"{prefix}.experts.{expert}.gate_proj.weight", (expert, slice(0, rows))
+                yield f"{prefix}.experts.{expert}.up_proj.weight", (expert, slice(rows, 2 * rows))
+
+    def unused_tensors(self) -> set[str]:
+        """Names that a checkpoint may have and this model does not read: blocks that predict further tokens."""
+        c = self.config
+        names = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(c.layers + c.draft_layers)}
+        moe_layer = next(filter(c.is_moe, range(c.layers)), None)
+        if moe_layer is None:
+            return names
+        like = f"model.layers.{moe_layer}."
+        own = [name.removeprefix(like) for name in self.state_dict() if name.startswith(like)]
+        parts = [part.removeprefix(like) for name in own for part, _ in self.stored_parts(like + name)]
+        heads = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
+        for draft in range(c.layers, c.layers + c.draft_layers):
+            for name in (*parts, *(f"{head}.weight" for head in heads)):
+                names |= {f"model.layers.{draft}.{name}", f"model.layers.{draft}.{name}_scale_inv"}
+        return names
