@@ -97,6 +97,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _repeated(scales: Tensor, block: int, dim: int, size: int) -> Tensor:
+    """The scale of each of ``size`` elements."""
+    return scales.repeat_interleave(min(block, size), dim).narrow(dim, 0, size)
+
+
 @dataclass(frozen=True, eq=False)
 class NVFP4Tensor(_FP4):
     """NVFP4: E2M1 codes, an E4M3 scale for 16 neighbours of a row, and a factor: ``code * scale * global_scale``.
@@ -224,9 +229,9 @@ class FP8Tensor(_Quantized):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``code * scale`` rounded to float32 (exact for powers of two, and in float64), then to ``dtype``."""
         wide, (rows, columns) = _wide(dtype), self.block
-        scales = self.scales.to(wide).repeat_interleave(columns, -1)[..., : self.shape[-1]]
+        scales = _repeated(self.scales.to(wide), columns, -1, self.shape[-1])
         if rows > 1:
-            scales = scales.repeat_interleave(rows, -2)[..., : self.shape[-2], :]
+            scales = _repeated(scales, rows, -2, self.shape[-2])
         return (self.data.to(wide) * scales).to(dtype)
 
 

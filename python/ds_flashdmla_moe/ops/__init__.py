@@ -10,6 +10,7 @@ from .attention import (
 )
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
+from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
 
 __all__ = [
     "flash_attn",
@@ -17,11 +18,17 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
+    "fp8_block_quantize",
+    "fp8_quantize",
     "grouped_gemm",
     "moe_combine",
     "moe_ffn",
     "moe_gate",
     "moe_permute",
+    "mxfp4_quantize",
+    "mxfp4_to_fp8",
+    "mxfp4_to_nvfp4",
+    "nvfp4_quantize",
     "rms_norm",
     "rope",
     "rope_frequencies",
