@@ -195,7 +195,7 @@ def mxfp4_to_nvfp4(q: MXFP4Tensor) -> NVFP4Tensor:
     if len(q.shape) < 2:
         raise ValueError(f"mxfp4_to_nvfp4: q must be [..., N, K], got {list(q.shape)}")
     code = q.scales.view(torch.uint8).int()
-    zero = (q.packed.view(*q.scales.shape, 16) & 0x77 == 0).all(-1)
+    zero = (q.packed.reshape(*q.scales.shape, 16) & 0x77 == 0).all(-1)
     nan = code == 255
     largest = torch.where(zero | nan, 0, code).flatten(-2)
     largest = largest.amax(-1) if largest.shape[-1] else largest.new_zeros(largest.shape[:-1])

@@ -75,6 +75,14 @@ def test_fp8_refuses_what_it_would_round() -> None:
         assert same(quant.mxfp4_to_fp8(q, (2, 128)).dequantize(), q.dequantize())
 
 
+def test_expanded_and_strided_parts() -> None:
+    q = random_mxfp4(4, 256, spread=11)
+    experts = quant.MXFP4Tensor(q.packed[::2].expand(3, 2, 128), q.scales[::2].expand(3, 2, 8))
+    for cast in (quant.mxfp4_to_fp8(experts), quant.mxfp4_to_nvfp4(experts)):
+        assert same(cast.dequantize(), experts.dequantize())
+        assert same(cast.dequantize()[2], q.dequantize()[::2])
+
+
 def test_fp8_keeps_nan_groups() -> None:
     q = random_mxfp4(4, 128, spread=11)
     q.scales.view(torch.uint8)[1, 2] = 255
