@@ -13,6 +13,7 @@ from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 from .sparse_mla import sparse_mla_prefill
+from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
 
 __all__ = [
     "flash_attn",
@@ -20,6 +21,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
+    "fp8_block_quantize",
+    "fp8_quantize",
     "grouped_gemm",
     "hc_head",
     "hc_post",
@@ -30,6 +33,10 @@ __all__ = [
     "moe_ffn",
     "moe_gate",
     "moe_permute",
+    "mxfp4_quantize",
+    "mxfp4_to_fp8",
+    "mxfp4_to_nvfp4",
+    "nvfp4_quantize",
     "rms_norm",
     "rope",
     "rope_frequencies",
