@@ -10,7 +10,14 @@ from .attention import (
 )
 from .hyper_connection import hc_head, hc_post, hc_pre
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
-from .norm_rope import rms_norm, rope, rope_frequencies
+from .norm_rope import (
+    rms_norm,
+    rope,
+    rope_frequencies,
+    v4_output_projection,
+    v4_q_norm_rope,
+    yarn_softmax_scale,
+)
 
 __all__ = [
     "flash_attn",
@@ -30,4 +37,7 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "swiglu",
+    "v4_output_projection",
+    "v4_q_norm_rope",
+    "yarn_softmax_scale",
 ]
