@@ -14,6 +14,14 @@ from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swig
 from .norm_rope import rms_norm, rope, rope_frequencies
 from .sparse_mla import sparse_mla_prefill
 from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
+from .norm_rope import (
+    rms_norm,
+    rope,
+    rope_frequencies,
+    v4_output_projection,
+    v4_q_norm_rope,
+    yarn_softmax_scale,
+)
 
 __all__ = [
     "flash_attn",
@@ -43,4 +51,7 @@ __all__ = [
     "sparse_mla_decode",
     "sparse_mla_prefill",
     "swiglu",
+    "v4_output_projection",
+    "v4_q_norm_rope",
+    "yarn_softmax_scale",
 ]
