@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake
+from ._register import accumulator_dtype, fake, no_double_backward
 
 
 @overload
@@ -53,7 +53,7 @@ def sparse_mla_prefill(
     out: Tensor | None = None,
     return_key_probs: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Attention of every query over its own list of keys.
+    """Attention of every query over its own list of keys; differentiable in q, kv and attn_sink.
 
     Each row of kv is a key and, in its first ``d_v`` columns, a value::
 
@@ -80,7 +80,7 @@ def sparse_mla_prefill(
 
     Returns:
         out ``[s_q, h_q, d_v]`` in q's dtype, max_logits and lse ``[s_q, h_q]`` float32 (float64 for float64; natural
-        logarithm, without the sink) and, if asked for, key_probs ``[s_q, h_kv, topk]``, 0 where there
+        logarithm, differentiable, without the sink) and, if asked for, key_probs ``[s_q, h_kv, topk]``, 0 where there
         is no key. A query without a key has out 0, lse +inf and max_logits −inf.
 
     Raises:
@@ -149,3 +149,40 @@ def _statistics(q: Tensor, indices: Tensor, return_key_probs: bool) -> tuple[Ten
     shapes = (q.shape[:-1], q.shape[:-1], indices.shape if return_key_probs else (0,))
     max_logits, lse, key_probs = (q.new_empty(shape, dtype=accumulator_dtype(q)) for shape in shapes)
     return max_logits, lse, key_probs
+
+
+@fake("sparse_mla_backward")
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, kv: Tensor, indices: Tensor, attn_sink: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dattn_sink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=accumulator_dtype(q))
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), dattn_sink
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, kv, indices, attn_sink, topk_length, ctx.softmax_scale, _, _ = inputs
+    out, max_logits, lse, key_probs = output
+    ctx.mark_non_differentiable(max_logits, key_probs)
+    ctx.save_for_backward(q, kv, indices, attn_sink, topk_length, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _max_logits: None, dlse: Tensor | None, _probs: None) -> tuple[Any, ...]:
+    q, kv, indices, attn_sink, topk_length, out, lse = ctx.saved_tensors
+    dq, dkv, dattn_sink = torch.ops.dsm.sparse_mla_backward(
+        torch.zeros_like(out) if dout is None else _adjacent(dout),
+        None if dlse is None else dlse.contiguous(),
+        q,
+        kv,
+        indices,
+        attn_sink,
+        topk_length,
+        out,
+        lse,
+        ctx.softmax_scale,
+    )
+    return dq, dkv, None, None if attn_sink is None else dattn_sink, None, None, None, None
+
+
+torch.library.register_autograd("dsm::sparse_mla_prefill", _backward, setup_context=_setup)
+no_double_backward("sparse_mla_backward")
