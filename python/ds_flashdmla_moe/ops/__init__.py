@@ -10,7 +10,7 @@ from .attention import (
 )
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
-from .sparse_mla import sparse_mla_prefill
+from .sparse_mla import sparse_mla_prefill, v4_attention_indices
 
 __all__ = [
     "flash_attn",
@@ -28,4 +28,5 @@ __all__ = [
     "rope_frequencies",
     "sparse_mla_prefill",
     "swiglu",
+    "v4_attention_indices",
 ]
