@@ -22,6 +22,7 @@ from .norm_rope import (
     v4_q_norm_rope,
     yarn_softmax_scale,
 )
+from .sparse_mla import sparse_mla_prefill, v4_attention_indices
 
 __all__ = [
     "flash_attn",
@@ -54,4 +55,5 @@ __all__ = [
     "v4_output_projection",
     "v4_q_norm_rope",
     "yarn_softmax_scale",
+    "v4_attention_indices",
 ]
