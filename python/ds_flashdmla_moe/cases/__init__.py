@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import attention, mla, moe, norm_rope
-from . import attention, moe, norm_rope, sparse_mla
+from . import attention, mla, moe, norm_rope, sparse_mla
 from .case import Case, Draw, Sizes, Trial, Work
 
 __all__ = ["CASES", "Case", "Draw", "Sizes", "Trial", "Work", "cases_of"]
 
-CASES: tuple[Case, ...] = (*attention.CASES, *mla.CASES, *moe.CASES, *norm_rope.CASES)
-CASES: tuple[Case, ...] = (*attention.CASES, *moe.CASES, *norm_rope.CASES, *sparse_mla.CASES)
+CASES: tuple[Case, ...] = (
+    *attention.CASES,
+    *mla.CASES,
+    *moe.CASES,
+    *norm_rope.CASES,
+    *sparse_mla.CASES,
+)
 
 
 def cases_of(operators: Iterable[str]) -> list[Case]:
