@@ -5,6 +5,7 @@
 #include "dsm/attention.h"
 #include "dsm/dtype.h"
 #include "dsm/error.h"
+#include "dsm/hyper_connection.h"
 #include "dsm/kv_cache.h"
 #include "dsm/launch.h"
 #include "dsm/mla.h"

@@ -40,11 +40,14 @@ def _rms_norm_backward_work(sizes: Sizes, width: int) -> Work:
     return Work(10 * elements, 3 * elements * width)
 
 
+_MAX_POSITIONS = 1 << 20  # of DeepSeek-V4
+
+
 def _rope_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
     tokens, heads, d = sizes["tokens"], sizes["heads"], sizes["d"]
     return {
         "x": draw(tokens, heads, d),
-        "positions": torch.arange(tokens, device=draw.device) * 37,
+        "positions": torch.arange(tokens, device=draw.device) * 37 % _MAX_POSITIONS,
         "inv_freq": rope_frequencies(sizes["d_rope"]).to(draw.device),
     }
 

@@ -8,6 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
+from .hyper_connection import hc_head, hc_post, hc_pre
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
@@ -20,6 +21,9 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "grouped_gemm",
+    "hc_head",
+    "hc_post",
+    "hc_pre",
     "merge_attention_states",
     "mla_decode",
     "moe_combine",
