@@ -22,4 +22,21 @@ using Gather = std::function<void(std::int64_t first, std::int64_t n, A* keys)>;
 template <class A>
 void attend_gathered(const Head& head, const Gather<A>& gather, A* out, A* lse);
 
+/// Offset, in elements, of one head of one query in a tensor [batch, s_q, heads, d].
+inline std::int64_t row_offset(const TensorView& tensor, std::int64_t request, std::int64_t query, std::int64_t head) {
+  return request * tensor.stride[0] + query * tensor.stride[1] + head * tensor.stride[2];
+}
+
+/// That row in the type computed in.
+template <class A>
+void load_row(const TensorView& tensor, std::int64_t request, std::int64_t query, std::int64_t head, A* row) {
+  cpu::widen(rows_of(tensor, row_offset(tensor, request, query, head), 0).data, tensor.dtype, tensor.size(3), row);
+}
+
+/// That row from values in the type computed in.
+template <class A>
+void store_row(const A* row, const TensorView& tensor, std::int64_t request, std::int64_t query, std::int64_t head) {
+  store_rows(row, 1, tensor.size(3), tensor, row_offset(tensor, request, query, head), 0);
+}
+
 }  // namespace dsm::attention

@@ -11,9 +11,6 @@ from .attention import (
 from .hyper_connection import hc_head, hc_post, hc_pre
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
-from .norm_rope import rms_norm, rope, rope_frequencies
-from .sparse_mla import sparse_mla_prefill
-from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
 from .norm_rope import (
     rms_norm,
     rope,
@@ -22,6 +19,7 @@ from .norm_rope import (
     v4_q_norm_rope,
     yarn_softmax_scale,
 )
+from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
 from .sparse_mla import sparse_mla_prefill, v4_attention_indices
 
 __all__ = [
@@ -52,8 +50,8 @@ __all__ = [
     "sparse_mla_decode",
     "sparse_mla_prefill",
     "swiglu",
+    "v4_attention_indices",
     "v4_output_projection",
     "v4_q_norm_rope",
     "yarn_softmax_scale",
-    "v4_attention_indices",
 ]

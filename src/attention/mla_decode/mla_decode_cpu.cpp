@@ -50,7 +50,7 @@ template <class A>
 void decode(const MlaDecodeArgs& a) {
   const std::int64_t batch = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
   const std::int64_t h_kv = a.k_cache.size(2), heads = h_q / h_kv, d_v = a.out.size(3);
-  const std::int64_t block = std::max<std::int64_t>(1, attention::kRowBlock / heads);
+  const std::int64_t block = std::clamp<std::int64_t>(attention::kRowBlock / heads, 1, s_q);
   const std::int64_t blocks = (s_q + block - 1) / block, units = batch * h_kv * blocks;
   const auto* seqlens = a.cache_seqlens.as<const std::int32_t>();
   std::int64_t keys = 0;
@@ -65,9 +65,7 @@ void decode(const MlaDecodeArgs& a) {
           const std::int64_t b = unit / (h_kv * blocks), kv_head = unit / blocks % h_kv;
           const std::int64_t begin = unit % blocks * block, end = std::min(begin + block, s_q);
           for (std::int64_t row = 0; row < (end - begin) * heads; ++row) {
-            const std::int64_t offset = b * a.q.stride[0] + (begin + row / heads) * a.q.stride[1] +
-                                        (kv_head * heads + row % heads) * a.q.stride[2];
-            cpu::widen(a.q.as<const char>() + offset * element_size(a.q.dtype), a.q.dtype, d_qk, q.data() + row * d_qk);
+            attention::load_row(a.q, b, begin + row / heads, kv_head * heads + row % heads, q.data() + row * d_qk);
           }
           // The keys that the block's last query sees, with which it is aligned.
           const std::int64_t hidden = a.causal ? s_q - end : 0;
@@ -86,8 +84,7 @@ void decode(const MlaDecodeArgs& a) {
               out.data(), lse.data());
           for (std::int64_t row = 0; row < (end - begin) * heads; ++row) {
             const std::int64_t query = begin + row / heads, h = kv_head * heads + row % heads;
-            char* const target = a.out.as<char>() + ((b * s_q + query) * h_q + h) * d_v * element_size(a.out.dtype);
-            cpu::narrow(out.data() + row * d_v, d_v, target, a.out.dtype);
+            attention::store_row(out.data() + row * d_v, a.out, b, query, h);
             a.lse.as<A>()[(b * h_q + h) * s_q + query] = lse[row] == -kInfinity<A> ? kInfinity<A> : lse[row];
           }
         }
