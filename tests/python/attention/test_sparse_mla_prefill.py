@@ -131,6 +131,15 @@ def test_closed_forms() -> None:
     torch.testing.assert_close(probs, torch.tensor([[[0.5, 0.5, 0.5, 0]]]))
 
 
+def test_golden_sink() -> None:
+    """DeepSeek-V4: scores 1 and 2 with a sink of 0.5; the rest of the weight, 0.1402444, is discarded."""
+    q, kv = torch.ones(1, 1, 1), torch.tensor([[[1.0]], [[2.0]]])
+    indices = torch.tensor([[[0, 1]]], dtype=torch.int32)
+    out, _, _, probs = sparse_mla_prefill(q, kv, indices, 1.0, 1, torch.tensor([0.5]), return_key_probs=True)
+    torch.testing.assert_close(probs, torch.tensor([[[0.2312239, 0.6285317]]]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(out, torch.tensor([[[0.2312239 + 2 * 0.6285317]]]), rtol=0, atol=2e-7)
+
+
 def test_queries_without_a_key_and_infinite_sinks() -> None:
     q, kv = torch.randn(3, 3, 4), torch.randn(6, 1, 4)
     indices = torch.tensor([[[0, 1]], [[-1, 6]], [[2, 3]]], dtype=torch.int32)
