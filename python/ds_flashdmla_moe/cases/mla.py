@@ -48,7 +48,7 @@ def _decode_scores(q: Tensor, rows: Tensor, cache_seqlens: Tensor) -> Tensor:
     batch, s_q, _, d_qk = q.shape
     h_kv = rows.shape[2]
     grouped = q.reshape(batch, s_q, h_kv, -1, d_qk).transpose(1, 2).flatten(2, 3)
-    scores = (grouped @ rows.permute(0, 2, 3, 1) * d_qk**-0.5).reshape(batch, h_kv, s_q, -1, rows.shape[1])
+    scores: Tensor = (grouped @ rows.permute(0, 2, 3, 1) * d_qk**-0.5).reshape(batch, h_kv, s_q, -1, rows.shape[1])
     if s_q == 1 and int(cache_seqlens.min()) == rows.shape[1]:
         return scores
     seen = cache_seqlens[:, None] - torch.arange(s_q - 1, -1, -1, device=q.device)
