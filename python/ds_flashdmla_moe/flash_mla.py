@@ -8,7 +8,7 @@ float32 and float64 queries; CPU tensors too. What FlashMLA asserts raises ``Val
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ def flash_mla_sparse_fwd(
     return sparse_mla_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out=out)
 
 
-def _refuse(expected: str, got: str) -> None:
+def _refuse(expected: str, got: str) -> NoReturn:
     raise ValueError(f"flash_mla_with_kvcache: {expected}, got {got}")
 
 

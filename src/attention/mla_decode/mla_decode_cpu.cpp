@@ -8,7 +8,6 @@
 #include "src/core/parallel_for.h"
 #include "src/cpu/convert.h"
 #include "src/numerics/fp8.h"
-#include "src/numerics/softmax_merge.h"
 
 namespace dsm {
 namespace {
@@ -57,38 +56,32 @@ void decode(const MlaDecodeArgs& a) {
   for (std::int64_t b = 0; b < batch; ++b) keys += seqlens[b];
   const Pages<A> pages(a);
 
-  parallel_for(
-      0, units, attention::head_grain(units, keys * s_q * h_q * (d_qk + d_v)),
-      [&](std::int64_t unit, std::int64_t last) {
-        std::vector<A> q(block * heads * d_qk), out(block * heads * d_v), lse(block * heads);
-        for (; unit < last; ++unit) {
-          const std::int64_t b = unit / (h_kv * blocks), kv_head = unit / blocks % h_kv;
-          const std::int64_t begin = unit % blocks * block, end = std::min(begin + block, s_q);
-          for (std::int64_t row = 0; row < (end - begin) * heads; ++row) {
-            attention::load_row(a.q, b, begin + row / heads, kv_head * heads + row % heads, q.data() + row * d_qk);
-          }
-          // The keys that the block's last query sees, with which it is aligned.
-          const std::int64_t hidden = a.causal ? s_q - end : 0;
-          const attention::Head head{.q = attention::rows_of(q.data(), d_qk),
-                                     .k = {},
-                                     .v = {},
-                                     .s_q = end - begin,
-                                     .s_kv = std::max<std::int64_t>(seqlens[b] - hidden, 0),
-                                     .d_qk = d_qk,
-                                     .d_v = d_v,
-                                     .softmax_scale = a.softmax_scale,
-                                     .causal = a.causal,
-                                     .heads = heads};
-          attention::attend_gathered<A>(
-              head, [&](std::int64_t first, std::int64_t n, A* rows) { pages.read(b, kv_head, first, n, rows); },
-              out.data(), lse.data());
-          for (std::int64_t row = 0; row < (end - begin) * heads; ++row) {
-            const std::int64_t query = begin + row / heads, h = kv_head * heads + row % heads;
-            attention::store_row(out.data() + row * d_v, a.out, b, query, h);
-            a.lse.as<A>()[(b * h_q + h) * s_q + query] = lse[row] == -kInfinity<A> ? kInfinity<A> : lse[row];
-          }
-        }
-      });
+  const std::int64_t grain = attention::head_grain(units, keys * s_q * h_q * (d_qk + d_v));
+  parallel_for(0, units, grain, [&](std::int64_t unit, std::int64_t last) {
+    std::vector<A> q(block * heads * d_qk), out(block * heads * d_v), lse(block * heads);
+    for (; unit < last; ++unit) {
+      const std::int64_t b = unit / (h_kv * blocks), kv_head = unit / blocks % h_kv;
+      const std::int64_t begin = unit % blocks * block, end = std::min(begin + block, s_q);
+      const attention::QueryBlock rows{b, begin, end - begin, kv_head * heads, heads};
+      rows.load(a.q, q.data());
+      // The keys that the block's last query sees, with the last of which it is aligned.
+      const std::int64_t hidden = a.causal ? s_q - end : 0;
+      const attention::Head head{.q = attention::rows_of(q.data(), d_qk),
+                                 .k = {},
+                                 .v = {},
+                                 .s_q = end - begin,
+                                 .s_kv = std::max<std::int64_t>(seqlens[b] - hidden, 0),
+                                 .d_qk = d_qk,
+                                 .d_v = d_v,
+                                 .softmax_scale = a.softmax_scale,
+                                 .causal = a.causal,
+                                 .heads = heads};
+      const auto gather = [&](std::int64_t key, std::int64_t n, A* to) { pages.read(b, kv_head, key, n, to); };
+      attention::attend_gathered<A>(head, gather, out.data(), lse.data());
+      rows.store(out.data(), a.out);
+      rows.store_lse(lse.data(), a.lse);
+    }
+  });
 }
 
 }  // namespace

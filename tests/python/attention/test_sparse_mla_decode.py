@@ -264,6 +264,20 @@ def test_a_given_output_is_written_in_place() -> None:
             dsm.ops.sparse_mla_decode(q, pool.cache, indices, 8, out=wrong)
 
 
+def test_pages_beyond_two_gigabytes() -> None:
+    pool = quantised(528, 2, 1)
+    far = torch.empty(2**31 + 528, dtype=torch.uint8).as_strided((2, 1, 1, 528), (2**31, 528, 528, 1))
+    far.copy_(pool.cache)  # the memory between the two is never touched
+    q, indices, table = torch.randn(1, 1, 2, 512), int32([[[1, 0, 1]]]), int32([[1, 0]])
+    check(q, Pool(far, pool.values), indices, 512)
+    dense_q = torch.randn(1, 1, 2, 528)
+    finite = pool.cache.view(torch.float8_e4m3fn).float().nan_to_num().to(torch.float8_e4m3fn)
+    far.copy_(finite.view(torch.uint8))
+    near = dsm.ops.mla_decode(dense_q, finite, table, int32([2]), 512)
+    for result, truth in zip(dsm.ops.mla_decode(dense_q, far, table, int32([2]), 512), near, strict=True):
+        assert torch.equal(result, truth)
+
+
 @pytest.mark.parametrize(("batch", "topk"), [(1, 2500), (7, 40)])
 def test_same_bits_for_any_number_of_threads_and_batch(batch: int, topk: int) -> None:
     q, pool = torch.randn(batch, 1, 4, 16), plain(16, 100, 3, torch.float32)
