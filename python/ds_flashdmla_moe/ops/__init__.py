@@ -8,6 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
+from .kv_cache import indexer_k_insert, kv_gather, mla_kv_insert, v4_kv_insert
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 
@@ -18,6 +19,9 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "grouped_gemm",
+    "indexer_k_insert",
+    "kv_gather",
+    "mla_kv_insert",
     "moe_combine",
     "moe_ffn",
     "moe_gate",
@@ -26,4 +30,5 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "swiglu",
+    "v4_kv_insert",
 ]
