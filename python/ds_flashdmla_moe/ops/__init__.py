@@ -9,6 +9,7 @@ from .attention import (
     flash_dmla_fwd,
 )
 from .hyper_connection import hc_head, hc_post, hc_pre
+from .kv_cache import indexer_k_insert, kv_gather, mla_kv_insert, v4_kv_insert
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import (
@@ -34,8 +35,11 @@ __all__ = [
     "hc_head",
     "hc_post",
     "hc_pre",
+    "indexer_k_insert",
+    "kv_gather",
     "merge_attention_states",
     "mla_decode",
+    "mla_kv_insert",
     "moe_combine",
     "moe_ffn",
     "moe_gate",
@@ -51,6 +55,7 @@ __all__ = [
     "sparse_mla_prefill",
     "swiglu",
     "v4_attention_indices",
+    "v4_kv_insert",
     "v4_output_projection",
     "v4_q_norm_rope",
     "yarn_softmax_scale",
