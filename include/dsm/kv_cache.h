@@ -93,9 +93,9 @@ DSM_API void mla_kv_insert(const MlaKvInsertArgs& args, const Launch& launch = {
 ///
 ///   v4_fp8   the smallest power of two >= max(amax, 1e-4) · float(1 / 448); the last 64 values in bfloat16
 ///   v41_fp8  the same; all values
-///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)), 1 for a group of zeros; all values
+///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)); all values
 ///
-/// NaN, infinity and slots as in mla_kv_insert. Source: DeepSeek-V4 reference code; FlashMLA (tests/quant.py).
+/// NaN, infinity and slots as in mla_kv_insert. Sources: DeepSeek-V4 and V4.1 reference code; FlashMLA.
 struct V4KvInsertArgs {
   TensorView kv;         ///< [tokens, width] float64|float32|float16|bfloat16, rows any distance apart
   TensorView weight;     ///< [width] kv's dtype or float32; absent: no normalisation
