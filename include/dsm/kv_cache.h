@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "dsm/export.h"
@@ -36,8 +37,8 @@ enum class KvFormat : std::uint8_t {
   /// DeepSeek-V4.1 in FP4, 288 bytes, 512 values: 512 e2m1 (256 bytes) | 32 e4m3 scales, one per 16.
   v41_fp4,
 };
-inline constexpr KvFormat kKvFormats[] = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8, KvFormat::v41_fp8,
-                                          KvFormat::v41_fp4};
+inline constexpr std::initializer_list<KvFormat> kKvFormats = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8,
+                                                               KvFormat::v41_fp8, KvFormat::v41_fp4};
 
 /// How a writer chooses float32 scales of groups of E4M3 values.
 enum class KvScales : std::uint8_t {

@@ -85,9 +85,9 @@ void write_record(KvEntry<std::uint8_t> entry, const float* values, KvScales sca
     const Scale scale = block_scale<Record>(largest_magnitude(from, kGroup), scales);
     store_unaligned(entry.scales + group * static_cast<int>(sizeof(Scale)), scale);
     if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>)
-      encode_e2m1(from, kGroup, to_float(scale), entry.data + group * kGroup / 2);
+      encode_e2m1(from, kGroup, dsm::widen(scale), entry.data + group * kGroup / 2);
     else
-      encode_e4m3(from, kGroup, to_float(scale), entry.data + group * kGroup);
+      encode_e4m3(from, kGroup, dsm::widen(scale), entry.data + group * kGroup);
   }
   if constexpr (std::is_same_v<Record, KvV4Fp8>) entry.scales[Record::kScaleBytes - 1] = 0;
 

@@ -5,6 +5,7 @@
 
 #include "src/numerics/bf16.h"
 #include "src/numerics/e8m0.h"
+#include "src/numerics/float_traits.h"
 #include "src/numerics/fp4.h"
 #include "src/numerics/fp8.h"
 #include "src/numerics/host_device.h"
@@ -95,13 +96,11 @@ DSM_HD_INLINE void store_unaligned(std::uint8_t* bytes, T value) {
   __builtin_memcpy(bytes, &value, sizeof value);
 }
 
-DSM_HD_INLINE constexpr float to_float(float x) { return x; }
-
 /// The scale of a group.
 template <class Record, class Byte>
 DSM_HD_INLINE float kv_scale(KvEntry<Byte> entry, int group) {
   using Scale = typename Record::Scale;
-  return to_float(load_unaligned<Scale>(entry.scales + group * static_cast<int>(sizeof(Scale))));
+  return widen(load_unaligned<Scale>(entry.scales + group * static_cast<int>(sizeof(Scale))));
 }
 
 /// A value that has no scale; i counts from kQuantized.
