@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "dsm/export.h"
@@ -36,8 +37,8 @@ enum class KvFormat : std::uint8_t {
   /// DeepSeek-V4.1 in FP4, 288 bytes, 512 values: 512 e2m1 (256 bytes) | 32 e4m3 scales, one per 16.
   v41_fp4,
 };
-inline constexpr KvFormat kKvFormats[] = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8, KvFormat::v41_fp8,
-                                          KvFormat::v41_fp4};
+inline constexpr std::initializer_list<KvFormat> kKvFormats = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8,
+                                                               KvFormat::v41_fp8, KvFormat::v41_fp4};
 
 /// How a writer chooses float32 scales of groups of E4M3 values.
 enum class KvScales : std::uint8_t {
@@ -93,9 +94,9 @@ DSM_API void mla_kv_insert(const MlaKvInsertArgs& args, const Launch& launch = {
 ///
 ///   v4_fp8   the smallest power of two >= max(amax, 1e-4) · float(1 / 448); the last 64 values in bfloat16
 ///   v41_fp8  the same; all values
-///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)), 1 for a group of zeros; all values
+///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)); all values
 ///
-/// NaN, infinity and slots as in mla_kv_insert. Source: DeepSeek-V4 reference code; FlashMLA (tests/quant.py).
+/// NaN, infinity and slots as in mla_kv_insert. Sources: DeepSeek-V4 and V4.1 reference code; FlashMLA.
 struct V4KvInsertArgs {
   TensorView kv;         ///< [tokens, width] float64|float32|float16|bfloat16, rows any distance apart
   TensorView weight;     ///< [width] kv's dtype or float32; absent: no normalisation
