@@ -56,6 +56,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_mla_prefill(const Tensor& q, c
   return {out, max_logits, lse, key_probs};
 }
 
+std::tuple<Tensor, Tensor, Tensor> sparse_mla_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                                       const Tensor& kv, const Tensor& indices,
+                                                       const OptionalTensor& attn_sink,
+                                                       const OptionalTensor& topk_length, const Tensor& out,
+                                                       const Tensor& lse, double softmax_scale) {
+  Tensor dq = empty_like(q), dkv = empty_like(kv);
+  Tensor dattn_sink = attn_sink ? empty_like(*attn_sink) : empty(q, {0}, accumulator_dtype(q));
+  Call call(q);
+  dsm::sparse_mla_backward({.dout = view(dout),
+                            .dlse = view(dlse),
+                            .q = view(q),
+                            .kv = view(kv),
+                            .indices = view(indices),
+                            .attn_sink = view(attn_sink),
+                            .topk_length = view(topk_length),
+                            .out = view(out),
+                            .lse = view(lse),
+                            .softmax_scale = softmax_scale,
+                            .dq = view(dq),
+                            .dkv = view(dkv),
+                            .dattn_sink = attn_sink ? view(dattn_sink) : TensorView()},
+                           call.launch());
+  return {dq, dkv, dattn_sink};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
@@ -67,11 +92,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
       "sparse_mla_prefill_out(Tensor q, Tensor kv, Tensor indices, Tensor? attn_sink, Tensor? topk_length, "
       "float softmax_scale, bool return_key_probs, Tensor(a!) out) -> "
       "(Tensor max_logits, Tensor lse, Tensor key_probs)");
+  m.def(
+      "sparse_mla_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor kv, Tensor indices, Tensor? attn_sink, "
+      "Tensor? topk_length, Tensor out, Tensor lse, float softmax_scale) -> "
+      "(Tensor dq, Tensor dkv, Tensor dattn_sink)");
 }
 
-#define DSM_IMPLEMENT(library)                                        \
-  library.impl("sparse_mla_prefill", TORCH_BOX(&sparse_mla_prefill)); \
-  library.impl("sparse_mla_prefill_out", TORCH_BOX(&sparse_mla_prefill_out));
+#define DSM_IMPLEMENT(library)                                                \
+  library.impl("sparse_mla_prefill", TORCH_BOX(&sparse_mla_prefill));         \
+  library.impl("sparse_mla_prefill_out", TORCH_BOX(&sparse_mla_prefill_out)); \
+  library.impl("sparse_mla_backward", TORCH_BOX(&sparse_mla_backward));
 
 STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m) { DSM_IMPLEMENT(m) }
 

@@ -12,6 +12,7 @@
 #include "dsm/moe.h"
 #include "dsm/norm_rope.h"
 #include "dsm/parallel.h"
+#include "dsm/quant.h"
 #include "dsm/registry.h"
 #include "dsm/sparse_mla.h"
 #include "dsm/tensor_view.h"

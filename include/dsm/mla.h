@@ -33,7 +33,7 @@ struct MlaDecodeArgs {
   TensorView k_scale;        ///< [] or [1] float32; absent: 1. FP8 caches only
   double softmax_scale = 1;
   bool causal = false;
-  TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, contiguous, d_v <= d_qk
+  TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, d_v <= d_qk, rows and heads any distance apart
   TensorView lse;  ///< out [batch, h_q, s_q] contiguous
 };
 DSM_API void mla_decode(const MlaDecodeArgs& args, const Launch& launch = {});
@@ -61,7 +61,7 @@ struct SparseMlaDecodeArgs {
   TensorView extra_topk_length;  ///< as topk_length, for extra_indices
   TensorView attn_sink;          ///< [h_q] lse's dtype, ±inf allowed; absent: −inf
   double softmax_scale = 1;
-  TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, contiguous, d_v <= d_qk
+  TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, d_v <= d_qk, rows and heads any distance apart
   TensorView lse;  ///< out [batch, h_q, s_q] contiguous
 };
 DSM_API void sparse_mla_decode(const SparseMlaDecodeArgs& args, const Launch& launch = {});

@@ -2,6 +2,7 @@
 """DeepSeek-style attention and mixture-of-experts operators for CPU and NVIDIA GPUs."""
 
 from . import flash_mla, models, nn, ops
+from . import flash_mla, nn, ops, quant
 from ._library import VERSION as __version__
 from .choices import explain
 from .moe import MoEWeights, moe_forward_unfused, moe_megakernel_fwd
@@ -26,4 +27,5 @@ __all__ = [
     "moe_megakernel_fwd",
     "nn",
     "ops",
+    "quant",
 ]

@@ -8,7 +8,7 @@ float32 and float64 queries; CPU tensors too. What FlashMLA asserts raises ``Val
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from .ops.attention import (
     flash_attn_varlen_qkvpacked_func,
 )
 from .ops.mla import mla_decode, sparse_mla_decode
+from .ops.sparse_mla import sparse_mla_prefill
 
 __all__ = [
     "FlashMLASchedMeta",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
 ]
@@ -190,6 +192,7 @@ def flash_mla_with_kvcache(
             softmax_scale=scale,
             causal=causal,
             k_scale=descale_k,
+            out=out if queries.dtype == result_dtype else None,
         )
     else:
         if causal:
@@ -207,17 +210,53 @@ def flash_mla_with_kvcache(
             extra_k_cache=extra_k_cache,
             extra_indices=extra_indices_in_kvcache,
             extra_topk_length=extra_topk_length,
+            out=out,
         )
     if not plan.have_initialized:
         lengths = decoding_lengths(
             config.b, cache_seqlens, config.topk, topk_length, config.extra_topk, extra_topk_length
         )
         _fill(plan, config, lengths, q.device, enable_batch_invariant)
-    result = result.to(result_dtype)
-    return (result if out is None else out.copy_(result)), lse
+    if result.dtype != result_dtype:
+        result = result.to(result_dtype) if out is None else out.copy_(result)
+    return result, lse
 
 
-def _refuse(expected: str, got: str) -> None:
+def flash_mla_sparse_fwd(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every query of a sequence over its own list of keys; differentiable.
+
+    :func:`ds_flashdmla_moe.ops.sparse_mla_prefill` with FlashMLA's arguments; see there.
+
+    Args:
+        q: ``[s_q, h_q, d_qk]``.
+        kv: ``[s_kv, h_kv, d_qk]``.
+        indices: ``[s_q, h_kv, topk]`` int32; below 0 or from s_kv on: no key.
+        sm_scale: what scores are multiplied by.
+        d_v: columns of a row that are its value.
+        attn_sink: ``[h_q]`` float32, a score without a value, in no statistic.
+        topk_length: ``[s_q]`` int32: only so many indices of each query count.
+        out: written and returned instead of a new tensor.
+
+    Returns:
+        out ``[s_q, h_q, d_v]``, max_logits and lse ``[s_q, h_q]`` (natural logarithm). A query without keys gives 0,
+        −inf and +inf.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    return sparse_mla_prefill(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, out=out)
+
+
+def _refuse(expected: str, got: str) -> NoReturn:
     raise ValueError(f"flash_mla_with_kvcache: {expected}, got {got}")
 
 

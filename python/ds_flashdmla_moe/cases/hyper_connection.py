@@ -117,7 +117,6 @@ def _twice(work: Callable[[Sizes, int], Work]) -> Callable[[Sizes, int], Work]:
 _SMALL = {"tokens": 5, "hc": 4, "hidden": 24}
 _BENCHMARK = {
     "cpu": ({"tokens": 1, "hc": 4, "hidden": 4096}, {"tokens": 512, "hc": 4, "hidden": 2048}),
-    "cuda": ({"tokens": 128, "hc": 4, "hidden": 7168}, {"tokens": 8192, "hc": 4, "hidden": 7168}),
 }
 
 CASES = (

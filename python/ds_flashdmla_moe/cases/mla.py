@@ -46,8 +46,9 @@ def _decode_inputs(fp8: bool) -> Function:
 def _decode_scores(q: Tensor, rows: Tensor, cache_seqlens: Tensor) -> Tensor:
     """Causal scores [batch, h_kv, s_q, group, s_kv] of rows [batch, s_kv, h_kv, d_qk]."""
     batch, s_q, _, d_qk = q.shape
-    grouped = q.reshape(batch, s_q, rows.shape[2], -1, d_qk).transpose(1, 2)
-    scores = (grouped.flatten(2, 3) @ rows.permute(0, 2, 3, 1)).unflatten(2, grouped.shape[2:4]) * d_qk**-0.5
+    h_kv = rows.shape[2]
+    grouped = q.reshape(batch, s_q, h_kv, -1, d_qk).transpose(1, 2).flatten(2, 3)
+    scores: Tensor = (grouped @ rows.permute(0, 2, 3, 1) * d_qk**-0.5).reshape(batch, h_kv, s_q, -1, rows.shape[1])
     if s_q == 1 and int(cache_seqlens.min()) == rows.shape[1]:
         return scores
     seen = cache_seqlens[:, None] - torch.arange(s_q - 1, -1, -1, device=q.device)
@@ -77,7 +78,7 @@ def _decode_peers(device: str) -> Mapping[str, Function]:
             rows = (rows.float() * k_scale).to(q.dtype)
         p = _decode_scores(q, rows, cache_seqlens).softmax(-1)
         out = p.flatten(2, 3) @ rows[..., :d_v].transpose(1, 2)
-        return out.unflatten(2, p.shape[2:4]).transpose(1, 2).flatten(2, 3)
+        return out.reshape(*p.shape[:4], d_v).transpose(1, 2).flatten(2, 3)
 
     return {"torch": torch_composition}
 

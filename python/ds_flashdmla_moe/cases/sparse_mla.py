@@ -53,7 +53,7 @@ def _formula(
 ) -> tuple[Tensor, ...]:
     rows, valid = _gathered(kv, indices, topk_length)
     some = valid.any(-1)[..., None, None]
-    scores = q.unflatten(1, (kv.shape[1], -1)) @ rows.mT * q.shape[-1] ** -0.5
+    scores = q.reshape(q.shape[0], kv.shape[1], -1, q.shape[-1]) @ rows.mT * q.shape[-1] ** -0.5
     # Queries without keys are kept out of every function that is not differentiable there.
     scores = scores.masked_fill(~valid[:, :, None] & some, -math.inf)
     lse = scores.logsumexp(-1, keepdim=True)
@@ -90,6 +90,13 @@ def _work(sizes: Sizes, width: int) -> Work:
     return Work(2 * queries * sizes["topk"] * (d_qk + d_v), (queries * (d_qk + d_v) + _touched(sizes)) * width)
 
 
+def _backward_work(sizes: Sizes, width: int) -> Work:
+    """q, out, dout and the listed rows read, dq and dkv written; scores, dP, dq, and the two terms of dkv."""
+    queries, d_qk, d_v = sizes["s_q"] * sizes["h_q"], sizes["d_qk"], sizes["d_v"]
+    elements = 2 * queries * (d_qk + d_v) + _touched(sizes) + sizes["s_kv"] * sizes["h_kv"] * d_qk
+    return Work(2 * queries * sizes["topk"] * (3 * d_qk + 2 * d_v), elements * width)
+
+
 def _run(**inputs: Any) -> Any:
     return sparse_mla_prefill(**inputs, return_key_probs=True)
 
@@ -101,8 +108,12 @@ CASES = (
         inputs=_inputs,
         run=_run,
         formula=_formula,
+        gradients=("q", "kv"),
+        backward="sparse_mla_backward",
+        reads_rounded=True,
         benchmark={"cpu": ({"s_q": 64, "s_kv": 4096, "h_q": 16, "h_kv": 1, "d_qk": 576, "d_v": 512, "topk": 256},)},
         work=_work,
+        backward_work=_backward_work,
         peers=_peers,
     ),
     Case(
@@ -112,5 +123,8 @@ CASES = (
         inputs=_sink_inputs,
         run=_run,
         formula=_formula,
+        gradients=("q", "kv", "attn_sink"),
+        backward="sparse_mla_backward",
+        reads_rounded=True,
     ),
 )

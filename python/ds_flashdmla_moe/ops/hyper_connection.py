@@ -80,7 +80,8 @@ def hc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     for name, tensor, own in (("y", y, 1), ("post", post, 1), ("comb", comb, 2)):
         if tensor.shape[: tensor.dim() - own] != lead:
             raise ValueError(f"hc_post: {name} must begin with {list(lead)} as x does, got {list(tensor.shape)}")
-    out = torch.ops.dsm.hc_post(_tokens(y, 1), _tokens(x, 2), _tokens(post, 1), _tokens(comb, 2).contiguous())
+    mixes = _tokens(post, 1).contiguous(), _tokens(comb, 2).contiguous()
+    out = torch.ops.dsm.hc_post(_tokens(y, 1), _tokens(x, 2), *mixes)
     return out.view(x.shape)  # type: ignore[no-any-return]
 
 

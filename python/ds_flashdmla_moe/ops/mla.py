@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def mla_decode(
     softmax_scale: float | None = None,
     causal: bool = False,
     k_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens over a paged latent cache: its rows are keys and, in their first ``d_v`` columns, values.
 
@@ -39,6 +41,7 @@ def mla_decode(
         softmax_scale: default ``d_qk**-0.5``.
         causal: query i sees keys ``j <= i + cache_seqlens[b] - s_q``.
         k_scale: one float32, by which the elements of an FP8 cache are multiplied; default 1.
+        out: written and returned instead of a new tensor; any strides, the last one 1.
 
     Returns:
         out ``[batch, s_q, h_q, d_v]`` in q's dtype and lse ``[batch, h_q, s_q]`` float32 (float64 for float64). A query
@@ -49,9 +52,11 @@ def mla_decode(
             within a length beyond the cache.
     """
     scale = _default_scale("mla_decode", q, softmax_scale)
-    return torch.ops.dsm.mla_decode(  # type: ignore[no-any-return]
-        _adjacent(q), k_cache, block_table, cache_seqlens, d_v, scale, causal, k_scale
-    )
+    inputs = (_adjacent(q), k_cache, block_table, cache_seqlens.contiguous(), scale, causal, k_scale)
+    if out is None:
+        return torch.ops.dsm.mla_decode(*inputs, d_v)  # type: ignore[no-any-return]
+    _check_out("mla_decode", out, d_v)
+    return out, torch.ops.dsm.mla_decode_out(*inputs, out)
 
 
 def sparse_mla_decode(
@@ -66,6 +71,7 @@ def sparse_mla_decode(
     extra_k_cache: Tensor | None = None,
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over its own list of cached rows, of one cache or of two in one softmax.
 
@@ -87,6 +93,7 @@ def sparse_mla_decode(
         extra_k_cache: a second cache as ``k_cache``, which may also have 288 bytes (V4.1 in FP4), and any page size.
         extra_indices: ``[batch, s_q, extra_topk]`` int32, rows of ``extra_k_cache``.
         extra_topk_length: as ``topk_length``, for ``extra_indices``.
+        out: written and returned instead of a new tensor; any strides, the last one 1.
 
     Returns:
         out ``[batch, s_q, h_q, d_v]`` in q's dtype and lse ``[batch, h_q, s_q]`` float32 (float64 for float64). A query
@@ -96,18 +103,21 @@ def sparse_mla_decode(
         ValueError: a shape, dtype, format or device does not fit.
     """
     scale = _default_scale("sparse_mla_decode", q, softmax_scale)
-    return torch.ops.dsm.sparse_mla_decode(  # type: ignore[no-any-return]
+    inputs = (
         _adjacent(q),
         k_cache,
         _adjacent(indices),
-        topk_length,
+        None if topk_length is None else topk_length.contiguous(),
         extra_k_cache,
         None if extra_indices is None else _adjacent(extra_indices),
-        extra_topk_length,
-        attn_sink,
-        d_v,
+        None if extra_topk_length is None else extra_topk_length.contiguous(),
+        None if attn_sink is None else attn_sink.contiguous(),
         scale,
     )
+    if out is None:
+        return torch.ops.dsm.sparse_mla_decode(*inputs, d_v)  # type: ignore[no-any-return]
+    _check_out("sparse_mla_decode", out, d_v)
+    return out, torch.ops.dsm.sparse_mla_decode_out(*inputs, out)
 
 
 def merge_attention_states(
@@ -131,7 +141,7 @@ def merge_attention_states(
         ValueError: a shape, dtype or device does not fit.
     """
     return torch.ops.dsm.merge_attention_states(  # type: ignore[no-any-return]
-        _adjacent(_stacked("outs", outs)), _stacked("lses", lses), attn_sink
+        _adjacent(_stacked("outs", outs)), _stacked("lses", lses), None if attn_sink is None else attn_sink.contiguous()
     )
 
 
@@ -161,39 +171,34 @@ def _default_scale(operator: str, q: Tensor, softmax_scale: float | None) -> flo
     return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
 
 
+def _check_out(operator: str, out: Tensor, d_v: int) -> None:
+    if out.dim() != 4 or out.shape[-1] != d_v:
+        raise ValueError(f"{operator}: out must be [batch, s_q, h_q, d_v = {d_v}], got shape {list(out.shape)}")
+
+
 def _results(q: Tensor, d_v: int) -> tuple[Tensor, Tensor]:
     batch, s_q, h_q, _ = q.shape
     return q.new_empty((batch, s_q, h_q, d_v)), q.new_empty((batch, h_q, s_q), dtype=accumulator_dtype(q))
 
 
 @fake("mla_decode")
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    d_v: int,
-    softmax_scale: float,
-    causal: bool,
-    k_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _results(q, d_v)
+def _(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return _results(q, inputs[-1])
+
+
+@fake("mla_decode_out")
+def _(q: Tensor, *inputs: Any) -> Tensor:
+    return _results(q, 0)[1]
 
 
 @fake("sparse_mla_decode")
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    indices: Tensor,
-    topk_length: Tensor | None,
-    extra_k_cache: Tensor | None,
-    extra_indices: Tensor | None,
-    extra_topk_length: Tensor | None,
-    attn_sink: Tensor | None,
-    d_v: int,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return _results(q, d_v)
+def _(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return _results(q, inputs[-1])
+
+
+@fake("sparse_mla_decode_out")
+def _(q: Tensor, *inputs: Any) -> Tensor:
+    return _results(q, 0)[1]
 
 
 @fake("merge_attention_states")

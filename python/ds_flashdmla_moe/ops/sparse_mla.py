@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake
+from ._register import accumulator_dtype, fake, no_double_backward
 
 
 @overload
@@ -53,7 +54,7 @@ def sparse_mla_prefill(
     out: Tensor | None = None,
     return_key_probs: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Attention of every query over its own list of keys.
+    """Attention of every query over its own list of keys; differentiable in q, kv and attn_sink.
 
     Each row of kv is a key and, in its first ``d_v`` columns, a value::
 
@@ -80,7 +81,7 @@ def sparse_mla_prefill(
 
     Returns:
         out ``[s_q, h_q, d_v]`` in q's dtype, max_logits and lse ``[s_q, h_q]`` float32 (float64 for float64; natural
-        logarithm, without the sink) and, if asked for, key_probs ``[s_q, h_kv, topk]``, 0 where there
+        logarithm, differentiable, without the sink) and, if asked for, key_probs ``[s_q, h_kv, topk]``, 0 where there
         is no key. A query without a key has out 0, lse +inf and max_logits −inf.
 
     Raises:
@@ -107,6 +108,71 @@ def sparse_mla_prefill(
             raise ValueError(f"sparse_mla_prefill: out must be [s_q, h_q, d_v = {d_v}], got shape {list(out.shape)}")
         max_logits, lse, key_probs = torch.ops.dsm.sparse_mla_prefill_out(*inputs, return_key_probs, out)
     return (out, max_logits, lse, key_probs) if return_key_probs else (out, max_logits, lse)
+
+
+def v4_attention_indices(
+    lengths: Sequence[int],
+    window: int,
+    ratio: int = 0,
+    selected: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The lists of keys for :func:`sparse_mla_prefill` by which a token of DeepSeek-V4 attends, for whole sequences.
+
+    The rows of kv are the tokens of all sequences, packed one after another, and behind them the compressed entries of
+    all sequences, ``length // ratio`` of each, likewise packed. The token at position t of a sequence sees the tokens
+    ``t − window + 1 … t`` and, of the entries that are complete by then (``i < (t + 1) // ratio``), those selected for
+    it or all of them.
+
+    Args:
+        lengths: tokens of each sequence, at least 0.
+        window: tokens that a token sees, itself included, at least 1.
+        ratio: tokens that an entry is made of; 0: there are no entries.
+        selected: ``[tokens, topk]`` integers, entries of the token's own sequence, counted from 0 there; any that is
+            not complete or does not exist is passed over. ``None``: all that are complete.
+        device: of the result; by default that of ``selected``, or the CPU.
+
+    Returns:
+        ``[tokens, 1, keys]`` int32, −1 where a token has fewer keys: first the window, the oldest token first, then the
+        entries in the order of ``selected``.
+
+    Raises:
+        ValueError: an argument is out of its range, or ``selected`` does not fit.
+
+    Source: DeepSeek-V4 reference code.
+    """
+    name, tokens = "v4_attention_indices", sum(lengths)
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"{name}: lengths must be at least 0, got {min(lengths)}")
+    if window < 1:
+        raise ValueError(f"{name}: window must be at least 1, got {window}")
+    if ratio < 0:
+        raise ValueError(f"{name}: ratio must be at least 0, got {ratio}")
+    if selected is not None:
+        if ratio == 0:
+            raise ValueError(f"{name}: selected must be None without entries (ratio 0), got a tensor")
+        if selected.dim() != 2 or selected.shape[0] != tokens or selected.dtype not in (torch.int32, torch.int64):
+            got = f"{list(selected.shape)} {str(selected.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{name}: selected must be [tokens, topk] = [{tokens}, topk] int32 or int64, got {got}")
+        device = selected.device if device is None else device
+
+    length = torch.tensor(lengths, dtype=torch.int64, device=device)
+    sequence = torch.arange(len(lengths), device=device).repeat_interleave(length, output_size=tokens)
+    token = torch.arange(tokens, device=device)
+    position = (token - (length.cumsum(0) - length)[sequence])[:, None]
+    age = torch.arange(min(window, max(lengths, default=0)), device=device).flip(0)
+    keys = torch.where(age <= position, token[:, None] - age, -1)
+    if ratio > 0:
+        entries = length // ratio
+        first = (tokens + entries.cumsum(0) - entries)[sequence][:, None]
+        if selected is None:
+            entry = torch.arange(max(lengths, default=0) // ratio, device=device)
+        else:
+            entry = selected.to(first)
+        complete = (entry >= 0) & (entry < (position + 1) // ratio)
+        keys = torch.cat((keys, torch.where(complete, first + entry, -1)), -1)
+    return keys.int()[:, None]
 
 
 def _adjacent(tensor: Tensor) -> Tensor:
@@ -149,3 +215,40 @@ def _statistics(q: Tensor, indices: Tensor, return_key_probs: bool) -> tuple[Ten
     shapes = (q.shape[:-1], q.shape[:-1], indices.shape if return_key_probs else (0,))
     max_logits, lse, key_probs = (q.new_empty(shape, dtype=accumulator_dtype(q)) for shape in shapes)
     return max_logits, lse, key_probs
+
+
+@fake("sparse_mla_backward")
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, kv: Tensor, indices: Tensor, attn_sink: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dattn_sink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=accumulator_dtype(q))
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), dattn_sink
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, kv, indices, attn_sink, topk_length, ctx.softmax_scale, _, _ = inputs
+    out, max_logits, lse, key_probs = output
+    ctx.mark_non_differentiable(max_logits, key_probs)
+    ctx.save_for_backward(q, kv, indices, attn_sink, topk_length, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _max_logits: None, dlse: Tensor | None, _probs: None) -> tuple[Any, ...]:
+    q, kv, indices, attn_sink, topk_length, out, lse = ctx.saved_tensors
+    dq, dkv, dattn_sink = torch.ops.dsm.sparse_mla_backward(
+        torch.zeros_like(out) if dout is None else _adjacent(dout),
+        None if dlse is None else dlse.contiguous(),
+        q,
+        kv,
+        indices,
+        attn_sink,
+        topk_length,
+        out,
+        lse,
+        ctx.softmax_scale,
+    )
+    return dq, dkv, None, None if attn_sink is None else dattn_sink, None, None, None, None
+
+
+torch.library.register_autograd("dsm::sparse_mla_prefill", _backward, setup_context=_setup)
+no_double_backward("sparse_mla_backward")

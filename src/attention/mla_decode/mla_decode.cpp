@@ -59,7 +59,8 @@ void check_args(const MlaDecodeArgs& a) {
                "[] or [1] float32", describe(a.k_scale));
   }
   check.that(std::isfinite(a.softmax_scale), "softmax_scale", "finite", std::to_string(a.softmax_scale));
-  check.contiguous("out", a.out, "[batch, s_q, h_q, d_v]", {batch, s_q, h_q, any}, {a.q.dtype});
+  check.tensor("out", a.out, "[batch, s_q, h_q, d_v]", {batch, s_q, h_q, any}, {a.q.dtype});
+  check.unit_last_stride("out", a.out);
   check.that(a.out.size(3) <= d_qk, "d_v", "at most d_qk = " + std::to_string(d_qk), a.out.size(3));
   check.contiguous("lse", a.lse, "[batch, h_q, s_q]", {batch, h_q, s_q},
                    {a.q.dtype == DType::float64 ? DType::float64 : DType::float32});

@@ -8,7 +8,6 @@
 #include "src/core/parallel_for.h"
 #include "src/cpu/convert.h"
 #include "src/numerics/fp8.h"
-#include "src/numerics/softmax_merge.h"
 
 namespace dsm {
 namespace {
@@ -50,48 +49,39 @@ template <class A>
 void decode(const MlaDecodeArgs& a) {
   const std::int64_t batch = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), d_qk = a.q.size(3);
   const std::int64_t h_kv = a.k_cache.size(2), heads = h_q / h_kv, d_v = a.out.size(3);
-  const std::int64_t block = std::max<std::int64_t>(1, attention::kRowBlock / heads);
+  const std::int64_t block = std::clamp<std::int64_t>(attention::kRowBlock / heads, 1, s_q);
   const std::int64_t blocks = (s_q + block - 1) / block, units = batch * h_kv * blocks;
   const auto* seqlens = a.cache_seqlens.as<const std::int32_t>();
   std::int64_t keys = 0;
   for (std::int64_t b = 0; b < batch; ++b) keys += seqlens[b];
   const Pages<A> pages(a);
 
-  parallel_for(
-      0, units, attention::head_grain(units, keys * s_q * h_q * (d_qk + d_v)),
-      [&](std::int64_t unit, std::int64_t last) {
-        std::vector<A> q(block * heads * d_qk), out(block * heads * d_v), lse(block * heads);
-        for (; unit < last; ++unit) {
-          const std::int64_t b = unit / (h_kv * blocks), kv_head = unit / blocks % h_kv;
-          const std::int64_t begin = unit % blocks * block, end = std::min(begin + block, s_q);
-          for (std::int64_t row = 0; row < (end - begin) * heads; ++row) {
-            const std::int64_t offset = b * a.q.stride[0] + (begin + row / heads) * a.q.stride[1] +
-                                        (kv_head * heads + row % heads) * a.q.stride[2];
-            cpu::widen(a.q.as<const char>() + offset * element_size(a.q.dtype), a.q.dtype, d_qk, q.data() + row * d_qk);
-          }
-          // The keys that the block's last query sees, with which it is aligned.
-          const std::int64_t hidden = a.causal ? s_q - end : 0;
-          const attention::Head head{.q = attention::rows_of(q.data(), d_qk),
-                                     .k = {},
-                                     .v = {},
-                                     .s_q = end - begin,
-                                     .s_kv = std::max<std::int64_t>(seqlens[b] - hidden, 0),
-                                     .d_qk = d_qk,
-                                     .d_v = d_v,
-                                     .softmax_scale = a.softmax_scale,
-                                     .causal = a.causal,
-                                     .heads = heads};
-          attention::attend_gathered<A>(
-              head, [&](std::int64_t first, std::int64_t n, A* rows) { pages.read(b, kv_head, first, n, rows); },
-              out.data(), lse.data());
-          for (std::int64_t row = 0; row < (end - begin) * heads; ++row) {
-            const std::int64_t query = begin + row / heads, h = kv_head * heads + row % heads;
-            char* const target = a.out.as<char>() + ((b * s_q + query) * h_q + h) * d_v * element_size(a.out.dtype);
-            cpu::narrow(out.data() + row * d_v, d_v, target, a.out.dtype);
-            a.lse.as<A>()[(b * h_q + h) * s_q + query] = lse[row] == -kInfinity<A> ? kInfinity<A> : lse[row];
-          }
-        }
-      });
+  const std::int64_t grain = attention::head_grain(units, keys * s_q * h_q * (d_qk + d_v));
+  parallel_for(0, units, grain, [&](std::int64_t unit, std::int64_t last) {
+    std::vector<A> q(block * heads * d_qk), out(block * heads * d_v), lse(block * heads);
+    for (; unit < last; ++unit) {
+      const std::int64_t b = unit / (h_kv * blocks), kv_head = unit / blocks % h_kv;
+      const std::int64_t begin = unit % blocks * block, end = std::min(begin + block, s_q);
+      const attention::QueryBlock rows{b, begin, end - begin, kv_head * heads, heads};
+      rows.load(a.q, q.data());
+      // The keys that the block's last query sees, with the last of which it is aligned.
+      const std::int64_t hidden = a.causal ? s_q - end : 0;
+      const attention::Head head{.q = attention::rows_of(q.data(), d_qk),
+                                 .k = {},
+                                 .v = {},
+                                 .s_q = end - begin,
+                                 .s_kv = std::max<std::int64_t>(seqlens[b] - hidden, 0),
+                                 .d_qk = d_qk,
+                                 .d_v = d_v,
+                                 .softmax_scale = a.softmax_scale,
+                                 .causal = a.causal,
+                                 .heads = heads};
+      const auto gather = [&](std::int64_t key, std::int64_t n, A* to) { pages.read(b, kv_head, key, n, to); };
+      attention::attend_gathered<A>(head, gather, out.data(), lse.data());
+      rows.store(out.data(), a.out);
+      rows.store_lse(lse.data(), a.lse);
+    }
+  });
 }
 
 }  // namespace

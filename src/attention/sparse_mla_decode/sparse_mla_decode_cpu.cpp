@@ -6,7 +6,6 @@
 #include "src/attention/gathered_cpu.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode.h"
 #include "src/core/parallel_for.h"
-#include "src/cpu/convert.h"
 #include "src/cpu/kv_rows.h"
 #include "src/cpu/vector_math.h"
 #include "src/numerics/softmax_merge.h"
@@ -59,10 +58,8 @@ void decode(const SparseMlaDecodeArgs& a) {
       pool.append_keys(b, i, keys);
       const auto of_first = static_cast<std::int64_t>(keys.size());
       if (extra) extra->append_keys(b, i, keys);
-      for (std::int64_t h = 0; h < h_q; ++h) {
-        const std::int64_t offset = b * a.q.stride[0] + i * a.q.stride[1] + h * a.q.stride[2];
-        cpu::widen(a.q.as<const char>() + offset * element_size(a.q.dtype), a.q.dtype, d_qk, q.data() + h * d_qk);
-      }
+      const attention::QueryBlock rows{b, i, 1, 0, h_q};
+      rows.load(a.q, q.data());
       const attention::Head head{.q = attention::rows_of(q.data(), d_qk),
                                  .k = {},
                                  .v = {},
@@ -73,17 +70,17 @@ void decode(const SparseMlaDecodeArgs& a) {
                                  .softmax_scale = a.softmax_scale,
                                  .causal = false,
                                  .heads = h_q};
-      const auto gather = [&](std::int64_t first, std::int64_t n, A* rows) {
-        for (std::int64_t key = first; key < first + n; ++key, rows += d_qk)
-          (key < of_first ? pool : *extra).read(keys[key], rows);
+      const auto gather = [&](std::int64_t first, std::int64_t n, A* to) {
+        for (std::int64_t key = first; key < first + n; ++key, to += d_qk)
+          (key < of_first ? pool : *extra).read(keys[key], to);
       };
       attention::attend_gathered<A>(head, gather, out.data(), lse.data());
-      for (std::int64_t h = 0; h < h_q; ++h) {
-        if (a.attn_sink) cpu::scale(out.data() + h * d_v, d_v, sink_factor(lse[h], a.attn_sink.as<const A>()[h]));
-        a.lse.as<A>()[(b * h_q + h) * s_q + i] = lse[h] == -kInfinity<A> ? kInfinity<A> : lse[h];
+      if (a.attn_sink) {
+        for (std::int64_t h = 0; h < h_q; ++h)
+          cpu::scale(out.data() + h * d_v, d_v, sink_factor(lse[h], a.attn_sink.as<const A>()[h]));
       }
-      char* const target = a.out.as<char>() + unit * h_q * d_v * element_size(a.out.dtype);
-      cpu::narrow(out.data(), h_q * d_v, target, a.out.dtype);
+      rows.store(out.data(), a.out);
+      rows.store_lse(lse.data(), a.lse);
     }
   });
 }

@@ -76,6 +76,27 @@ TEST_F(HcPre, HeadIsItsFirstPart) {
   EXPECT_EQ(head, mixed[0]);
 }
 
+TEST_F(HcPre, WithoutTokensTheParametersHaveZeroGradients) {
+  constexpr DType kType = DType::float64;
+  std::vector<double> dfn(fn.size(), -1), dbase(kOutputs, -1), dscale(3, -1);
+  hc_pre_backward({.dmixed = {nullptr, kType, {0, 1}},
+                   .dpost = {nullptr, kType, {0, kHc}},
+                   .dcomb = {nullptr, kType, {0, kHc, kHc}},
+                   .x = {nullptr, kType, {0, kHc, 1}},
+                   .fn = args().fn,
+                   .base = args().base,
+                   .scale = args().scale,
+                   .mixes = {nullptr, kType, {0, kOutputs}},
+                   .rstd = {nullptr, kType, {0}},
+                   .dx = {nullptr, kType, {0, kHc, 1}},
+                   .dfn = {dfn.data(), kType, {kOutputs, kHc}},
+                   .dbase = {dbase.data(), kType, {kOutputs}},
+                   .dscale = {dscale.data(), kType, {3}}});
+  EXPECT_EQ(dfn, std::vector<double>(fn.size(), 0));
+  EXPECT_EQ(dbase, std::vector<double>(kOutputs, 0));
+  EXPECT_EQ(dscale, std::vector<double>(3, 0));
+}
+
 TEST_F(HcPre, RefusesBeforeWriting) {
   for (int iterations : {0, -1, 1001}) {
     HcPreArgs a = args();

@@ -162,6 +162,30 @@ def test_views_are_read_in_place() -> None:
         assert torch.equal(result, truth)
 
 
+def test_a_given_output_is_written_in_place() -> None:
+    inputs = paged(Case((9, 5), 2, 4, 2, 8, 6, 2), torch.bfloat16)
+    expected, expected_lse = dsm.ops.mla_decode(**inputs)
+    memory = torch.full((2, 4, 2, 9), torch.nan, dtype=torch.bfloat16)
+    out = memory.transpose(1, 2)[..., 1:7]
+    result, lse = dsm.ops.mla_decode(**inputs, out=out)
+    assert result is out
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    assert memory[..., [0, 7, 8]].isnan().all()
+    before = memory.clone()
+    for wrong, message in (
+        (out[..., :5], "out must be"),
+        (out[:1], "out must be"),
+        (out.float(), "out must be .* bfloat16, got .* float32"),
+        (torch.empty(2, 2, 6, 4, dtype=torch.bfloat16).mT, "out must be contiguous in its last dimension"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dsm.ops.mla_decode(**inputs, out=wrong)
+    with pytest.raises(ValueError, match="block_table must be"):
+        dsm.ops.mla_decode(**{**inputs, "block_table": inputs["block_table"] % 7 + 99}, out=out)
+    assert torch.equal(memory.nan_to_num(7), before.nan_to_num(7))
+
+
 def test_page_size_does_not_change_a_bit() -> None:
     q, rows = torch.randn(1, 1, 4, 16), torch.randn(300, 16)
     results = []
@@ -245,7 +269,9 @@ def test_opcheck_and_compile(dtype: torch.dtype) -> None:
     inputs = paged(Case((5, 2), 2, 4, 2, 8, 6, 2), dtype)
     tensors = [inputs[name] for name in ("q", "k_cache", "block_table", "cache_seqlens")]
     scale = torch.tensor(0.5) if dtype in BYTE_TYPES else None
-    torch.library.opcheck(torch.ops.dsm.mla_decode.default, (*tensors, 6, 0.3, True, scale))
+    torch.library.opcheck(torch.ops.dsm.mla_decode.default, (*tensors, 0.3, True, scale, 6))
+    out = torch.empty(2, 2, 4, 6, dtype=inputs["q"].dtype)
+    torch.library.opcheck(torch.ops.dsm.mla_decode_out.default, (*tensors, 0.3, True, scale, out))
 
     def f(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return dsm.ops.mla_decode(*tensors, 6, causal=True, k_scale=scale)

@@ -248,6 +248,36 @@ def test_views_are_read_in_place() -> None:
         assert torch.equal(result, truth)
 
 
+def test_a_given_output_is_written_in_place() -> None:
+    q, pool = torch.randn(2, 3, 4, 16), plain(16, 6, 2, torch.float32)
+    indices = lists(2, 3, 5, 12)
+    expected, expected_lse = dsm.ops.sparse_mla_decode(q, pool.cache, indices, 8)
+    memory = torch.full((3, 2, 4, 10), torch.nan)
+    out = memory.transpose(0, 1)[..., 1:9]
+    result, lse = dsm.ops.sparse_mla_decode(q, pool.cache, indices, 8, out=out)
+    assert result is out
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    assert memory[..., [0, 9]].isnan().all()
+    for wrong in (out[..., :7], out[:1], out.double()):
+        with pytest.raises(ValueError, match="out must be"):
+            dsm.ops.sparse_mla_decode(q, pool.cache, indices, 8, out=wrong)
+
+
+def test_pages_beyond_two_gigabytes() -> None:
+    pool = quantised(528, 2, 1)
+    far = torch.empty(2**31 + 528, dtype=torch.uint8).as_strided((2, 1, 1, 528), (2**31, 528, 528, 1))
+    far.copy_(pool.cache)  # the memory between the two is never touched
+    q, indices, table = torch.randn(1, 1, 2, 512), int32([[[1, 0, 1]]]), int32([[1, 0]])
+    check(q, Pool(far, pool.values), indices, 512)
+    dense_q = torch.randn(1, 1, 2, 528)
+    finite = pool.cache.view(torch.float8_e4m3fn).float().nan_to_num().to(torch.float8_e4m3fn)
+    far.copy_(finite.view(torch.uint8))
+    near = dsm.ops.mla_decode(dense_q, finite, table, int32([2]), 512)
+    for result, truth in zip(dsm.ops.mla_decode(dense_q, far, table, int32([2]), 512), near, strict=True):
+        assert torch.equal(result, truth)
+
+
 @pytest.mark.parametrize(("batch", "topk"), [(1, 2500), (7, 40)])
 def test_same_bits_for_any_number_of_threads_and_batch(batch: int, topk: int) -> None:
     q, pool = torch.randn(batch, 1, 4, 16), plain(16, 100, 3, torch.float32)
@@ -296,8 +326,10 @@ def test_opcheck_and_compile() -> None:
     q, pool, extra = torch.randn(2, 1, 2, 512).bfloat16(), quantised(528, 3, 2), quantised(288, 3, 2)
     indices, more, length = lists(2, 1, 5, 6), lists(2, 1, 3, 6), int32([2, 3])
     sink = torch.zeros(2)
-    arguments = (q, pool.cache, indices, length, extra.cache, more, length, sink, 512, 0.1)
-    torch.library.opcheck(torch.ops.dsm.sparse_mla_decode.default, arguments)
+    arguments = (q, pool.cache, indices, length, extra.cache, more, length, sink, 0.1)
+    torch.library.opcheck(torch.ops.dsm.sparse_mla_decode.default, (*arguments, 512))
+    out = torch.empty(2, 1, 2, 512, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.dsm.sparse_mla_decode_out.default, (*arguments, out))
 
     def f(q: Tensor, cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         return dsm.ops.sparse_mla_decode(q, cache, indices, attn_sink=sink, topk_length=length)

@@ -45,7 +45,7 @@ def draw(
 
 
 def run(problem: Problem) -> tuple[Tensor, ...]:
-    return sparse_mla_prefill(*problem.arguments(), return_key_probs=True)  # type: ignore[call-overload,no-any-return]
+    return sparse_mla_prefill(*problem.arguments(), return_key_probs=True)
 
 
 def check(problem: Problem) -> None:
@@ -54,7 +54,7 @@ def check(problem: Problem) -> None:
     assert [t.dtype for t in results] == [problem.q.dtype, wide, wide, wide]
     for name, result, truth in zip(NAMES, results, attention(problem), strict=True):
         assert_close(name, result, truth)
-    fewer = sparse_mla_prefill(*problem.arguments())  # type: ignore[call-overload]
+    fewer = sparse_mla_prefill(*problem.arguments())
     assert len(fewer) == 3
     assert all(torch.equal(a, b) for a, b in zip(fewer, results[:3], strict=True))
 
@@ -80,7 +80,7 @@ def check(problem: Problem) -> None:
 )
 def test_matches_float64(sizes: dict[str, int], dtype: torch.dtype) -> None:
     for sink, lengths in ((True, True), (False, False)):
-        check(draw(**sizes, dtype=dtype, sink=sink, lengths=lengths))  # type: ignore[arg-type]
+        check(draw(**sizes, dtype=dtype, sink=sink, lengths=lengths))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -129,6 +129,15 @@ def test_closed_forms() -> None:
     torch.testing.assert_close(lse, torch.full((1, 2), 3.0).log())
     assert torch.equal(max_logits, torch.zeros(1, 2))
     torch.testing.assert_close(probs, torch.tensor([[[0.5, 0.5, 0.5, 0]]]))
+
+
+def test_golden_sink() -> None:
+    """DeepSeek-V4: scores 1 and 2 with a sink of 0.5; the rest of the weight, 0.1402444, is discarded."""
+    q, kv = torch.ones(1, 1, 1), torch.tensor([[[1.0]], [[2.0]]])
+    indices = torch.tensor([[[0, 1]]], dtype=torch.int32)
+    out, _, _, probs = sparse_mla_prefill(q, kv, indices, 1.0, 1, torch.tensor([0.5]), return_key_probs=True)
+    torch.testing.assert_close(probs, torch.tensor([[[0.2312239, 0.6285317]]]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(out, torch.tensor([[[0.2312239 + 2 * 0.6285317]]]), rtol=0, atol=2e-7)
 
 
 def test_queries_without_a_key_and_infinite_sinks() -> None:
@@ -191,7 +200,7 @@ def test_views_and_given_output() -> None:
             assert torch.equal(a, b)
     wide = torch.full((4, 6, 2 * p.d_v), float("nan"))
     out = wide.transpose(0, 1)[..., : p.d_v]
-    results = sparse_mla_prefill(*p.arguments(), out=out)  # type: ignore[call-overload]
+    results = sparse_mla_prefill(*p.arguments(), out=out)
     assert results[0] is out
     assert all(torch.equal(a, b) for a, b in zip(results, expected[:3], strict=True))
     assert wide[..., p.d_v :].isnan().all()
@@ -225,12 +234,12 @@ def test_bad_arguments_are_refused() -> None:
             run(p._replace(**change))
     out = torch.full((5, 4, 11), 7.0)
     with pytest.raises(ValueError, match=r"out must be \[s_q, h_q, d_v = 12\]"):
-        sparse_mla_prefill(*p.arguments(), out=out)  # type: ignore[call-overload]
+        sparse_mla_prefill(*p.arguments(), out=out)
     with pytest.raises(ValueError, match="indices must be"):
-        sparse_mla_prefill(*p._replace(indices=p.indices.long(), d_v=11).arguments(), out=out)  # type: ignore[call-overload]
+        sparse_mla_prefill(*p._replace(indices=p.indices.long(), d_v=11).arguments(), out=out)
     assert (out == 7).all()
     with pytest.raises(ValueError, match="out must be None where gradients are recorded"):
-        sparse_mla_prefill(*p._replace(q=p.q.requires_grad_(), d_v=11).arguments(), out=out)  # type: ignore[call-overload]
+        sparse_mla_prefill(*p._replace(q=p.q.requires_grad_(), d_v=11).arguments(), out=out)
 
 
 @pytest.mark.parametrize("return_key_probs", [False, True])

@@ -79,7 +79,7 @@ def test_nan_stays_in_its_token_and_column() -> None:
 
 def test_strided_views() -> None:
     y, x = torch.randn(6, 20)[:, 3:11], torch.randn(4, 6, 12).transpose(0, 1)[..., 1:9]
-    post, comb = torch.randn(6, 4), torch.randn(6, 4, 4).mT
+    post, comb = torch.randn(4, 6).T, torch.randn(6, 4, 4).mT
     dense = [t.contiguous() for t in (y, x, post, comb)]
     assert torch.equal(dsm.ops.hc_post(y, x, post, comb), dsm.ops.hc_post(*dense))
 
