@@ -5,6 +5,7 @@
 #include "dsm/attention.h"
 #include "dsm/dtype.h"
 #include "dsm/error.h"
+#include "dsm/indexer.h"
 #include "dsm/launch.h"
 #include "dsm/moe.h"
 #include "dsm/norm_rope.h"

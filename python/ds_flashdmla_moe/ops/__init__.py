@@ -8,6 +8,7 @@ from .attention import (
     flash_attn_varlen_qkvpacked_func,
     flash_dmla_fwd,
 )
+from .indexer import hadamard_quantize, indexer_kl_loss, indexer_logits, indexer_topk, paged_indexer_logits
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 
@@ -18,10 +19,15 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "grouped_gemm",
+    "hadamard_quantize",
+    "indexer_kl_loss",
+    "indexer_logits",
+    "indexer_topk",
     "moe_combine",
     "moe_ffn",
     "moe_gate",
     "moe_permute",
+    "paged_indexer_logits",
     "rms_norm",
     "rope",
     "rope_frequencies",
