@@ -1,0 +1,30 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+#include "dsm/kv_cache.h"
+#include "src/core/checks.h"
+
+namespace dsm {
+
+/// The format of a cache that passed check_kv_cache; nothing for a plain one.
+std::optional<KvFormat> kv_format(const TensorView& cache);
+
+/// Values of a row of a cache that passed check_kv_cache.
+std::int64_t kv_width(const TensorView& cache);
+
+/// `cache` must be pages without gaps inside and without overlap: plain, or in one of `formats`.
+void check_kv_cache(const Check& check, const char* argument, const TensorView& cache,
+                    std::initializer_list<KvFormat> formats = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8,
+                                                               KvFormat::v41_fp8, KvFormat::v41_fp4});
+
+/// The pages of a cache must have no gaps inside and must not overlap.
+void check_pages(const Check& check, const char* argument, const TensorView& cache);
+
+/// The dtypes of caches made of bytes.
+inline constexpr std::initializer_list<DType> kByteTypes = {DType::uint8, DType::int8, DType::float8_e4m3fn};
+
+}  // namespace dsm
