@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "dsm/export.h"
 #include "dsm/launch.h"
@@ -54,5 +55,79 @@ constexpr int kv_bytes(KvFormat format) {
 constexpr int kv_width(KvFormat format) {
   return format == KvFormat::v32_fp8 || format == KvFormat::v32_nvfp4 ? 576 : 512;
 }
+
+/// The format of a quantised cache, by its dtype and last extent; nothing for every other tensor.
+DSM_API std::optional<KvFormat> kv_format(const TensorView& cache);
+
+/// Values of a row of a cache.
+DSM_API std::int64_t kv_width(const TensorView& cache);
+
+/// Stores one row per token, [latent | k_pe], of DeepSeek-V3's latent attention: in a plain cache rounded to its dtype
+/// (float64 to 16 bits by way of float32), in a quantised one element by element as the nearest code of value / scale,
+/// ties to even, saturating. Values are taken in float32 there; the latent's scales come from the largest magnitude
+/// amax of their group:
+///
+///   v32_fp8    as `scales` says; k_pe is rounded to bfloat16
+///   v32_nvfp4  e4m3(min(max(amax / 6, 2^-9), 448)), 1 for a group of zeros; k_pe is rounded to e4m3
+///
+/// A NaN or infinity in the latent makes all of its group NaN. A slot that is no row of the cache (-1 for padding) is
+/// passed over; of several tokens with the same slot the last is stored. Other rows of the cache keep every bit.
+/// Sources: vLLM (cache_kernels.cu), NVIDIA Model Optimizer (nvfp4_tensor.py).
+struct MlaKvInsertArgs {
+  TensorView latent;  ///< [tokens, d_latent] float64|float32|float16|bfloat16, rows any distance apart
+  TensorView k_pe;    ///< [tokens, d_rope] latent's dtype, rows any distance apart; the rotary part of the key
+  TensorView slots;   ///< [tokens] int64
+  KvScales scales = KvScales::ue8m0;
+  TensorView cache;  ///< in, out: plain of width d_latent + d_rope, or v32_fp8, v32_nvfp4 with 512 + 64
+};
+DSM_API void mla_kv_insert(const MlaKvInsertArgs& args, const Launch& launch = {});
+
+/// Stores one row per token of DeepSeek-V4's attention, whose keys and values are the same rows, after
+///
+///   kv = rms_norm(kv, weight, eps)        where weight is given
+///   kv = rope(kv, positions, inv_freq)    where those are given: interleaved, the last dimensions of the row
+///
+/// each rounded to kv's dtype, as those two operators do. Plain caches round once more to their dtype (float64 to 16
+/// bits by way of float32). Quantised ones take the values in float32 and store the nearest codes of value / scale,
+/// ties to even, saturating, with amax the largest magnitude of a group and
+///
+///   v4_fp8   the smallest power of two >= max(amax, 1e-4) · float(1 / 448); the last 64 values in bfloat16
+///   v41_fp8  the same; all values
+///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)), 1 for a group of zeros; all values
+///
+/// NaN, infinity and slots as in mla_kv_insert. Source: DeepSeek-V4 reference code; FlashMLA (tests/quant.py).
+struct V4KvInsertArgs {
+  TensorView kv;         ///< [tokens, width] float64|float32|float16|bfloat16, rows any distance apart
+  TensorView weight;     ///< [width] kv's dtype or float32; absent: no normalisation
+  double eps = 1e-6;     ///< added to the mean square, >= 0
+  TensorView positions;  ///< [tokens] int64; given exactly when inv_freq is
+  TensorView inv_freq;   ///< [pairs] float32, radians per position; 2 · pairs <= width
+  TensorView slots;      ///< [tokens] int64
+  TensorView cache;      ///< in, out: plain of that width, or v4_fp8, v41_fp8, v41_fp4 with 512
+};
+DSM_API void v4_kv_insert(const V4KvInsertArgs& args, const Launch& launch = {});
+
+/// Stores one key per token of the indexer in its FP8 cache, whose pages are page_size · d e4m3 and then page_size
+/// float32 scales:
+///
+///   scale = the smallest power of two >= max(amax, 1e-4) · float(1 / 448),   codes = e4m3(k / scale)
+///
+/// with amax the largest magnitude of the key. NaN, infinity and slots as in mla_kv_insert.
+/// Source: DeepSeek-V3.2 and V4 reference code; DeepGEMM (tests/test_attention.py).
+struct IndexerKInsertArgs {
+  TensorView k;      ///< [tokens, d] float64|float32|float16|bfloat16, taken in float32; rows any distance apart
+  TensorView slots;  ///< [tokens] int64
+  TensorView cache;  ///< in, out: [pages, page_size, 1, d + 4] uint8|int8|float8_e4m3fn
+};
+DSM_API void indexer_k_insert(const IndexerKInsertArgs& args, const Launch& launch = {});
+
+/// Reads rows of a cache of any format: out[i] = the values of row indices[i], rounded once to out's dtype (plain
+/// float64 to 16 bits by way of float32). An index that is no row gives zeros.
+struct KvGatherArgs {
+  TensorView cache;    ///< plain or quantised
+  TensorView indices;  ///< [count] int32
+  TensorView out;      ///< out [count, width] float64|float32|float16|bfloat16, contiguous
+};
+DSM_API void kv_gather(const KvGatherArgs& args, const Launch& launch = {});
 
 }  // namespace dsm

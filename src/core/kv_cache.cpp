@@ -14,7 +14,7 @@ bool one_of(DType dtype, Check::DTypes dtypes) {
 }  // namespace
 
 std::optional<KvFormat> kv_format(const TensorView& cache) {
-  if (one_of(cache.dtype, kByteTypes))
+  if (cache.rank > 0 && one_of(cache.dtype, kByteTypes))
     for (KvFormat format : kKvFormats)
       if (kv_bytes(format) == cache.size(-1)) return format;
   return std::nullopt;
@@ -22,7 +22,7 @@ std::optional<KvFormat> kv_format(const TensorView& cache) {
 
 std::int64_t kv_width(const TensorView& cache) {
   const auto format = kv_format(cache);
-  return format ? kv_width(*format) : cache.size(-1);
+  return format ? kv_width(*format) : (cache.rank > 0 ? cache.size(-1) : 0);
 }
 
 void check_pages(const Check& check, const char* argument, const TensorView& cache) {
@@ -33,7 +33,7 @@ void check_pages(const Check& check, const char* argument, const TensorView& cac
              "strides [" + std::to_string(cache.stride[0]) + ", " + std::to_string(cache.stride[1]) + ", " +
                  std::to_string(cache.stride[2]) + ", " + std::to_string(cache.stride[3]) + "]");
   check.that(cache.size(0) == 1 || cache.stride[0] >= page.numel(), argument,
-             "pages at least " + std::to_string(page.numel()) + " elements apart", cache.stride[0]);
+             "with pages at least " + std::to_string(page.numel()) + " elements apart", cache.stride[0]);
 }
 
 void check_kv_cache(const Check& check, const char* argument, const TensorView& cache,

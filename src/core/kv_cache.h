@@ -1,20 +1,12 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
-#include <cstdint>
 #include <initializer_list>
-#include <optional>
 
 #include "dsm/kv_cache.h"
 #include "src/core/checks.h"
 
 namespace dsm {
-
-/// The format of a cache that passed check_kv_cache; nothing for a plain one.
-std::optional<KvFormat> kv_format(const TensorView& cache);
-
-/// Values of a row of a cache that passed check_kv_cache.
-std::int64_t kv_width(const TensorView& cache);
 
 /// `cache` must be pages without gaps inside and without overlap: plain, or in one of `formats`.
 void check_kv_cache(const Check& check, const char* argument, const TensorView& cache,

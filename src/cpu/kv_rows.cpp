@@ -2,10 +2,12 @@
 #include "src/cpu/kv_rows.h"
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "src/core/kv_cache.h"
 #include "src/cpu/convert.h"
+#include "src/cpu/quantize_group.h"
 #include "src/numerics/kv_record.h"
 
 namespace dsm::cpu {
@@ -34,6 +36,15 @@ void visit_record(KvFormat format, F&& f) {
   }
 }
 
+/// The two values of every byte.
+constexpr auto kE2m1Pairs = [] {
+  std::array<std::array<float, 2>, 256> pairs{};
+  for (int byte = 0; byte < 256; ++byte)
+    pairs[byte] = {to_float(even_e2m1(static_cast<std::uint8_t>(byte))),
+                   to_float(odd_e2m1(static_cast<std::uint8_t>(byte)))};
+  return pairs;
+}();
+
 template <class Record, class A>
 void read_record(KvEntry<const std::uint8_t> entry, A* out) {
   constexpr int kGroup = Record::kGroup;
@@ -43,8 +54,8 @@ void read_record(KvEntry<const std::uint8_t> entry, A* out) {
     if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>) {
       const std::uint8_t* pairs = entry.data + group * kGroup / 2;
       for (int i = 0; i < kGroup / 2; ++i) {
-        to[2 * i] = to_float(even_e2m1(pairs[i])) * scale;
-        to[2 * i + 1] = to_float(odd_e2m1(pairs[i])) * scale;
+        to[2 * i] = kE2m1Pairs[pairs[i]][0] * scale;
+        to[2 * i + 1] = kE2m1Pairs[pairs[i]][1] * scale;
       }
     } else {
       const std::uint8_t* codes = entry.data + group * kGroup;
@@ -52,13 +63,6 @@ void read_record(KvEntry<const std::uint8_t> entry, A* out) {
     }
   }
   for (int i = Record::kQuantized; i < Record::kWidth; ++i) out[i] = kv_tail<Record>(entry, i - Record::kQuantized);
-}
-
-/// The largest magnitude; NaN, which has larger bits than every number, if there is one.
-float largest_magnitude(const float* x, int n) {
-  std::int32_t bits = 0;
-  for (int i = 0; i < n; ++i) bits = std::max(bits, static_cast<std::int32_t>(bits_of(x[i]) & 0x7fffffff));
-  return __builtin_bit_cast(float, bits);
 }
 
 template <class Scale>
@@ -79,16 +83,10 @@ void write_record(KvEntry<std::uint8_t> entry, const float* values, KvScales sca
     const float* from = values + group * kGroup;
     const Scale scale = block_scale<Scale>(largest_magnitude(from, kGroup), scales);
     store_unaligned(entry.scales + group * static_cast<int>(sizeof(Scale)), scale);
-    // Under a NaN scale the codes do not matter: dividing by 1 keeps them the same on every processor.
-    const float wide = to_float(scale), divisor = wide == wide ? wide : 1.0f;
-    if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>) {
-      std::uint8_t* pairs = entry.data + group * kGroup / 2;
-      for (int i = 0; i < kGroup / 2; ++i)
-        pairs[i] = pack_e2m1(to_e2m1(from[2 * i] / divisor), to_e2m1(from[2 * i + 1] / divisor));
-    } else {
-      std::uint8_t* codes = entry.data + group * kGroup;
-      for (int i = 0; i < kGroup; ++i) codes[i] = to_e4m3_saturating(from[i] / divisor).bits;
-    }
+    if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>)
+      encode_e2m1(from, kGroup, to_float(scale), entry.data + group * kGroup / 2);
+    else
+      encode_e4m3(from, kGroup, to_float(scale), entry.data + group * kGroup);
   }
   if constexpr (std::is_same_v<Record, KvV4Fp8>) entry.scales[Record::kScaleBytes - 1] = 0;
 

@@ -74,6 +74,12 @@ DSM_HD_INLINE KvEntry<Byte> kv_entry(Byte* page, std::int64_t page_size, std::in
   }
 }
 
+/// An entry of the indexer's cache: d E4M3 elements, and a float scale behind all entries' elements.
+template <class Byte>
+DSM_HD_INLINE KvEntry<Byte> indexer_entry(Byte* page, std::int64_t page_size, std::int64_t d, std::int64_t entry) {
+  return {page + entry * d, page + page_size * d + entry * static_cast<std::int64_t>(sizeof(float))};
+}
+
 /// A number of a storage type at any address.
 template <class T>
 DSM_HD_INLINE T load_unaligned(const std::uint8_t* bytes) {
