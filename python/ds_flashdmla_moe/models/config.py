@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Fields", "Fp8Blocks", "Rope", "V3Config", "read_json"]
+__all__ = ["Fields", "Fp8Blocks", "Rope", "V3Config", "V32Config", "read_json"]
 
 MAX_WIDTH = 2**20  # of any dimension of a weight
 MAX_JSON_BYTES = 2**28  # the index of the largest released model has 9 MB
@@ -179,8 +179,7 @@ class V3Config:
     attention_bias: bool
     rope: Rope
     rope_interleaved: bool
-    dense_layers: int
-    moe_every: int
+    moe_layers: tuple[bool, ...]
     intermediate: int
     experts: int
     topk: int
@@ -198,6 +197,10 @@ class V3Config:
 
     @classmethod
     def read(cls, fields: Fields) -> V3Config:
+        return cls(**cls._sizes(fields))
+
+    @staticmethod
+    def _sizes(fields: Fields) -> dict[str, Any]:
         heads = fields.integer("num_attention_heads")
         if fields.values.get("num_key_value_heads") not in (None, heads):
             got = fields.values["num_key_value_heads"]
@@ -220,40 +223,75 @@ class V3Config:
             selectable = f"at most {experts // n_group * topk_group}, the experts of topk_group groups"
             raise fields.refuse("num_experts_per_tok", selectable, topk)
         dtype = "dtype" if "dtype" in fields.values else "torch_dtype"
+        return {
+            "vocab": vocab,
+            "layers": layers,
+            "draft_layers": fields.integer("num_nextn_predict_layers", 0, least=0, most=2**10),
+            "hidden": fields.integer("hidden_size"),
+            "heads": heads,
+            "q_rank": fields.integer("q_lora_rank", None),
+            "d_latent": fields.integer("kv_lora_rank"),
+            "d_nope": fields.integer("qk_nope_head_dim"),
+            "d_rope": d_rope,
+            "d_v": fields.integer("v_head_dim"),
+            "attention_bias": fields.flag("attention_bias", False),
+            "rope": Rope.read(fields),
+            "rope_interleaved": fields.flag("rope_interleave", True),
+            "moe_layers": _moe_layers(fields, layers),
+            "intermediate": fields.integer("intermediate_size"),
+            "experts": experts,
+            "topk": topk,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "expert_intermediate": fields.integer("moe_intermediate_size"),
+            "shared_experts": fields.integer("n_shared_experts", None, least=0, most=2**10) or 0,
+            "renormalize": fields.flag("norm_topk_prob", True),
+            "routed_scaling_factor": fields.number("routed_scaling_factor", 1.0),
+            "eps": fields.number("rms_norm_eps", 1e-6, above=0),
+            "tied_head": fields.flag("tie_word_embeddings", False),
+            "eos": _token_ids(fields, "eos_token_id"),
+            "dtype": fields.choice(dtype, "bfloat16", "float16", "float32"),
+            "quantization": Fp8Blocks.read(fields),
+        }
+
+
+@dataclass(frozen=True)
+class V32Config(V3Config):
+    """Sizes of a DeepSeek-V3.2: those of V3 with an indexer, which chooses ``index_topk`` tokens for every query."""
+
+    index_heads: int
+    index_dim: int
+    index_topk: int
+
+    @classmethod
+    def read(cls, fields: Fields) -> V32Config:
+        sizes = cls._sizes(fields)
+        if sizes["q_rank"] is None:
+            raise fields.refuse("q_lora_rank", "an integer, for the indexer's queries", None)
+        index_dim = fields.integer("index_head_dim")
+        if index_dim < sizes["d_rope"]:
+            raise fields.refuse("index_head_dim", f"at least qk_rope_head_dim = {sizes['d_rope']}", index_dim)
+        layer_types = fields.values.get("layer_types")
+        if layer_types not in (None, ["indexed_attention"] * sizes["layers"]):
+            raise fields.refuse("layer_types", '"indexed_attention" for every layer', layer_types)
         return cls(
-            vocab=vocab,
-            layers=layers,
-            draft_layers=fields.integer("num_nextn_predict_layers", 0, least=0, most=2**10),
-            hidden=fields.integer("hidden_size"),
-            heads=heads,
-            q_rank=fields.integer("q_lora_rank", None),
-            d_latent=fields.integer("kv_lora_rank"),
-            d_nope=fields.integer("qk_nope_head_dim"),
-            d_rope=d_rope,
-            d_v=fields.integer("v_head_dim"),
-            attention_bias=fields.flag("attention_bias", False),
-            rope=Rope.read(fields),
-            rope_interleaved=fields.flag("rope_interleave", True),
-            dense_layers=fields.integer("first_k_dense_replace", 0, least=0, most=2**16),
-            moe_every=fields.integer("moe_layer_freq", 1),
-            intermediate=fields.integer("intermediate_size"),
-            experts=experts,
-            topk=topk,
-            n_group=n_group,
-            topk_group=topk_group,
-            expert_intermediate=fields.integer("moe_intermediate_size"),
-            shared_experts=fields.integer("n_shared_experts", None, least=0, most=2**10) or 0,
-            renormalize=fields.flag("norm_topk_prob", True),
-            routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
-            eps=fields.number("rms_norm_eps", 1e-6, above=0),
-            tied_head=fields.flag("tie_word_embeddings", False),
-            eos=_token_ids(fields, "eos_token_id"),
-            dtype=fields.choice(dtype, "bfloat16", "float16", "float32"),
-            quantization=Fp8Blocks.read(fields),
+            **sizes,
+            index_heads=fields.integer("index_n_heads", most=2**16),
+            index_dim=index_dim,
+            index_topk=fields.integer("index_topk", most=2**30),
         )
 
-    def is_moe(self, layer: int) -> bool:
-        return layer >= self.dense_layers and layer % self.moe_every == 0
+
+def _moe_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Which layers have experts: listed, or all from some layer on."""
+    kinds = fields.values.get("mlp_layer_types")
+    if kinds is None:
+        dense = fields.integer("first_k_dense_replace", 0, least=0, most=2**16)
+        every = fields.integer("moe_layer_freq", 1)
+        return tuple(layer >= dense and layer % every == 0 for layer in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in ("dense", "sparse") for kind in kinds):
+        raise fields.refuse("mlp_layer_types", f'{layers} times "dense" or "sparse"', kinds)
+    return tuple(kind == "sparse" for kind in kinds)
 
 
 def _token_ids(fields: Fields, name: str) -> tuple[int, ...]:

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .config import Fields, V3Config, read_json
+from .config import Fields, V3Config, V32Config, read_json
 from .language_model import LanguageModel
 from .v3 import DeepseekV3
+from .v32 import DeepseekV32
 
 __all__ = ["load_model"]
 
-CACHE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MODELS: dict[str, tuple[type[V3Config], type[DeepseekV3]]] = {
+    "deepseek_v3": (V3Config, DeepseekV3),
+    "deepseek_v32": (V32Config, DeepseekV32),
+}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +29,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     kv_cache_dtype: str = "auto",
 ) -> LanguageModel:
-    """A language model from a folder in Hugging Face's layout: config.json and safetensors, ``deepseek_v3``.
+    """A language model from a folder in Hugging Face's layout: config.json and safetensors, of
+    ``deepseek_v3`` or ``deepseek_v32``.
 
     Weights are float32, bfloat16 or float16, or FP8 E4M3 with a scale per block, which is multiplied in. Files are
     mapped and copied tensor by tensor, so that loading needs little memory beside the model's own.
@@ -34,7 +39,9 @@ def load_model(
         path: the folder.
         device: where the model shall be; default the CPU.
         dtype: of the parameters: float64, float32, bfloat16 or float16; default that of config.json.
-        kv_cache_dtype: of the cache's rows: ``"bf16"``, ``"fp32"``, or ``"auto"``, the parameters' dtype.
+        kv_cache_dtype: of the cache's rows: ``"bf16"``, ``"fp32"``, for V3.2 also ``"fp8"`` (656 bytes, if rows have
+            512 + 64 numbers), or ``"auto"``: the parameters' dtype for V3; for V3.2 FP8 where there is such a format,
+            else bfloat16. Over whole sequences rows are rounded likewise.
 
     Returns:
         The model in evaluation mode: ``model(input_ids)`` and ``model.generate(input_ids, max_new_tokens)``.
@@ -45,22 +52,19 @@ def load_model(
     """
     folder = Path(path)
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
-    if fields.values.get("model_type") != "deepseek_v3":
-        raise fields.refuse("model_type", '"deepseek_v3"', fields.values.get("model_type"))
-    if kv_cache_dtype not in ("auto", *CACHE_DTYPES):
-        raise ValueError(f'load_model: kv_cache_dtype must be "auto", "bf16" or "fp32", got {kv_cache_dtype!r}')
+    config_type, model_type = MODELS[fields.choice("model_type", *MODELS)]
     if dtype not in (None, *DTYPES):
         raise ValueError(f"load_model: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    config = V3Config.read(fields)
+    config = config_type.read(fields)
     dtype = dtype or getattr(torch, config.dtype)
     checkpoint = Checkpoint(folder)
     # Before anything is made whose size config.json decides.
-    least = DeepseekV3.tensor_count(config)
+    least = model_type.tensor_count(config)
     if len(checkpoint.tensors) < least:
         got = f"{len(checkpoint.tensors)} in the files"
         raise ValueError(f"{fields.where}: layers and experts need at least {least} tensors, got {got}")
     with torch.device("meta"):
-        model = DeepseekV3(config, dtype, CACHE_DTYPES.get(kv_cache_dtype, dtype))
+        model = model_type(config, dtype, kv_cache_dtype)
     _fill(model, checkpoint, torch.device(device or "cpu"))
     return model.eval()
 

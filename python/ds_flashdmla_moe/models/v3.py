@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .. import ops
 from ..moe import MoEWeights, moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
-from .cache import PagedCache, Step
+from .cache import PagedCache, Row, Step, stored
 from .config import V3Config
 from .language_model import LanguageModel
 
@@ -29,10 +29,10 @@ class Attention(nn.Module):
     d_latent columns, values.
     """
 
-    def __init__(self, config: V3Config, layer: int, row_dtype: torch.dtype | None) -> None:
+    def __init__(self, config: V3Config, layer: int, row: Row) -> None:
         super().__init__()
         c, bias = config, config.attention_bias
-        self.config, self.layer, self.row_dtype = config, layer, row_dtype
+        self.config, self.layer, self.row = config, layer, row
         self.scale = (c.d_nope + c.d_rope) ** -0.5 * c.rope.softmax_factor
         if c.q_rank is None:
             self.q_proj = nn.Linear(c.hidden, c.heads * (c.d_nope + c.d_rope), bias=False)
@@ -46,16 +46,42 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.d_v, c.hidden, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, step: Step | None) -> Tensor:
-        q = self.q_proj(x) if self.config.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_low = x if self.config.q_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_proj(x) if self.config.q_rank is None else self.q_b_proj(q_low)
         q = q.view(*x.shape[:-1], self.config.heads, self.config.d_nope + self.config.d_rope)
         q = ops.rope(q, positions, inv_freq, self.config.rope_interleaved)
         rows = self._rows(x, positions, inv_freq)
-        out = None
         if step is not None:
-            cache = step.append(self.layer, rows)
-            out = None if step.fresh else self._absorbed(q, cache, step)
-        y: Tensor = self.o_proj((self._expanded(q, rows) if out is None else out).flatten(-2))
+            step.append(step.pools[self.layer][0], rows, self.config.d_latent)
+        y: Tensor = self.o_proj(self.attend(x, q_low, q, rows, positions, inv_freq, step).flatten(-2))
         return y
+
+    def attend(
+        self,
+        x: Tensor,
+        q_low: Tensor,
+        q: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        inv_freq: Tensor,
+        step: Step | None,
+    ) -> Tensor:
+        """[batch, new, heads, d_v] of the new tokens' queries over their rows and, with a cache, those before."""
+        if step is None or step.fresh:
+            return self._expanded(q, rows)
+        cache = step.pools[self.layer][0]
+        query = self._absorb(q)
+        wide = torch.promote_types(query.dtype, cache.dtype)
+        latent, _ = ops.mla_decode(
+            query.to(wide),
+            cache.to(wide),
+            step.block_table,
+            step.lengths,
+            self.config.d_latent,
+            softmax_scale=self.scale,
+            causal=True,
+        )
+        return self._expand(latent.to(q.dtype))
 
     def _rows(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         latent, k_rope = self.kv_a_proj_with_mqa(x).tensor_split([self.config.d_latent], -1)
@@ -63,7 +89,7 @@ class Attention(nn.Module):
             k_rope = k_rope * self.config.rope.magnitude**2
         k_rope = ops.rope(k_rope.unsqueeze(-2), positions, inv_freq, self.config.rope_interleaved).squeeze(-2)
         rows = torch.cat((self.kv_a_layernorm(latent), k_rope), -1)
-        return rows if self.row_dtype is None else rows.to(self.row_dtype).to(rows.dtype)
+        return stored(rows, self.config.d_latent, self.row)
 
     def _expanded(self, q: Tensor, rows: Tensor) -> Tensor:
         c = self.config
@@ -73,22 +99,21 @@ class Attention(nn.Module):
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), -1)
         return ops.flash_attn(q, k, v, softmax_scale=self.scale, causal=True)[0]
 
-    def _absorbed(self, q: Tensor, cache: Tensor, step: Step) -> Tensor:
-        c = self.config
-        q_nope, q_rope = q.tensor_split([c.d_nope], -1)
-        w_uk, w_uv = self.kv_b_proj.weight.view(c.heads, -1, c.d_latent).tensor_split([c.d_nope], 1)
-        query = torch.cat((torch.einsum("bshn,hnl->bshl", q_nope, w_uk), q_rope), -1)
-        wide = torch.promote_types(query.dtype, cache.dtype)
-        latent, _ = ops.mla_decode(
-            query.to(wide),
-            cache.to(wide),
-            step.block_table,
-            step.lengths,
-            c.d_latent,
-            softmax_scale=self.scale,
-            causal=True,
+    def _split_kv_b(self) -> tuple[Tensor, Tensor]:
+        """Of each head, the matrices that expand a latent to a key [heads, d_nope, d_latent] and to a value."""
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.config.heads, -1, self.config.d_latent).tensor_split(
+            [self.config.d_nope], 1
         )
-        return torch.einsum("bshl,hvl->bshv", latent.to(q.dtype), w_uv)
+        return w_uk, w_uv
+
+    def _absorb(self, q: Tensor) -> Tensor:
+        """Queries that meet rows directly: [..., heads, d_latent + d_rope]."""
+        q_nope, q_rope = q.tensor_split([self.config.d_nope], -1)
+        return torch.cat((torch.einsum("...hn,hnl->...hl", q_nope, self._split_kv_b()[0]), q_rope), -1)
+
+    def _expand(self, latent: Tensor) -> Tensor:
+        """The output from the mean of rows: [..., heads, d_v]."""
+        return torch.einsum("...hl,hvl->...hv", latent, self._split_kv_b()[1])
 
 
 class Mlp(nn.Module):
@@ -157,12 +182,12 @@ class Moe(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: V3Config, layer: int, row_dtype: torch.dtype | None) -> None:
+    def __init__(self, config: V3Config, layer: int, attention: Attention) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden, config.eps)
-        self.self_attn = Attention(config, layer, row_dtype)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden, config.eps)
-        self.mlp = Moe(config) if config.is_moe(layer) else Mlp(config.hidden, config.intermediate)
+        self.mlp = Moe(config) if config.moe_layers[layer] else Mlp(config.hidden, config.intermediate)
 
     def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, step: Step | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, inv_freq, step)
@@ -175,10 +200,10 @@ class Backbone(Float32Buffers):
 
     inv_freq: Tensor
 
-    def __init__(self, config: V3Config, row_dtype: torch.dtype | None) -> None:
+    def __init__(self, config: V3Config, attention: Callable[[int], Attention]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
-        self.layers = nn.ModuleList(Layer(config, layer, row_dtype) for layer in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, layer, attention(layer)) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps)
         rope = config.rope
         inv_freq = ops.rope_frequencies(
@@ -203,20 +228,30 @@ class Backbone(Float32Buffers):
 class DeepseekV3(LanguageModel):
     """DeepSeek-V3 with Hugging Face's parameter names; the routed experts' matrices are stacked (:class:`Experts`).
 
-    Attributes:
-        config: the sizes.
-        cache_dtype: of the cache's rows. Where it is narrower than the parameters' dtype, rows are rounded to it over
-            whole sequences, too, so that ``generate`` and ``forward`` compute the same.
+    Over whole sequences rows are rounded as the cache stores them: ``forward`` and ``generate`` compute the same.
     """
 
-    def __init__(self, config: V3Config, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    rows: tuple[Row, ...]
+
+    def __init__(self, config: V3Config, dtype: torch.dtype, kv_cache_dtype: str) -> None:
         super().__init__(config.vocab, config.eos)
-        self.config, self.cache_dtype = config, cache_dtype
-        row_dtype = None if torch.promote_types(dtype, cache_dtype) == cache_dtype else cache_dtype
-        self.model = Backbone(config, row_dtype)
+        self.config = config
+        self.rows = self.cache_rows(config, dtype, kv_cache_dtype)
+        self.model = Backbone(config, self.attention)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
         self.tie()
         self.to(dtype)
+
+    @staticmethod
+    def cache_rows(config: V3Config, dtype: torch.dtype, kv_cache_dtype: str) -> tuple[Row, ...]:
+        """What caches hold of a token; ValueError for a format that there is not."""
+        formats = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}
+        if kv_cache_dtype not in formats:
+            raise ValueError(f'kv_cache_dtype must be "auto", "bf16" or "fp32" for this model, got {kv_cache_dtype!r}')
+        return (Row(config.d_latent + config.d_rope, formats[kv_cache_dtype]),)
+
+    def attention(self, layer: int) -> Attention:
+        return Attention(self.config, layer, self.rows[0])
 
     def tie(self) -> None:
         """Make the head's matrix the embedding's where the config says so."""
@@ -229,13 +264,12 @@ class DeepseekV3(LanguageModel):
 
     def make_cache(self, capacities: Sequence[int], page_order: Tensor | None = None) -> PagedCache:
         c, device = self.config, self.lm_head.weight.device
-        return PagedCache(c.layers, c.d_latent + c.d_rope, capacities, self.cache_dtype, device, page_order)
+        return PagedCache(c.layers, self.rows, capacities, device, page_order)
 
     @staticmethod
     def tensor_count(config: V3Config) -> int:
         """A lower bound, free of the cost of a model, on the tensors of a checkpoint."""
-        moe = sum(map(config.is_moe, range(config.layers)))
-        return 8 * config.layers + 3 * config.experts * moe
+        return 8 * config.layers + 3 * config.experts * sum(config.moe_layers)
 
     def stored_parts(self, parameter: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
         """The checkpoint's tensors that make up a parameter or buffer, with the part that each one fills."""
@@ -255,10 +289,9 @@ class DeepseekV3(LanguageModel):
         """Names that a checkpoint may have and this model does not read: blocks that predict further tokens."""
         c = self.config
         names = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(c.layers + c.draft_layers)}
-        moe_layer = next(filter(c.is_moe, range(c.layers)), None)
-        if moe_layer is None:
+        if not any(c.moe_layers):
             return names
-        like = f"model.layers.{moe_layer}."
+        like = f"model.layers.{c.moe_layers.index(True)}."
         own = [name.removeprefix(like) for name in self.state_dict() if name.startswith(like)]
         parts = [part.removeprefix(like) for name in own for part, _ in self.stored_parts(like + name)]
         heads = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    PreTrainedModel,
+)
 
 V3_SIZES = {
     "vocab_size": 97,
@@ -62,9 +68,32 @@ V3_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def v3(**changes: Any) -> DeepseekV3ForCausalLM:
-    """A random model whose every weight and bias matters."""
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**V3_SIZES, **changes})).eval()
+# Enough index heads that no score is a sum of nothing but zeros: transformers leaves open which of equal ones it takes.
+V32_SIZES = {**V3_SIZES, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 8}
+V32_SHAPES: dict[str, dict[str, Any]] = {
+    "released": {"rope_parameters": YARN},
+    "listed layers, one group": {
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "n_group": 1,
+        "topk_group": 1,
+        "attention_bias": True,
+    },
+    "uneven mscale": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}, "index_topk": 3},
+    "all tokens chosen": {"index_topk": 64, "index_head_dim": 12},
+}
+
+
+def v3(**changes: Any) -> PreTrainedModel:
+    return _random(DeepseekV3ForCausalLM(DeepseekV3Config(**{**V3_SIZES, **changes})))
+
+
+def v32(**changes: Any) -> PreTrainedModel:
+    return _random(DeepseekV32ForCausalLM(DeepseekV32Config(**{**V32_SIZES, **changes})))
+
+
+def _random(model: PreTrainedModel) -> PreTrainedModel:
+    """Every weight and bias matters."""
+    model = model.eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
