@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import attention, indexer, moe, norm_rope
-from . import attention, kv_cache, moe, norm_rope
+from . import attention, indexer, kv_cache, moe, norm_rope
 from .case import Case, Draw, Sizes, Trial, Work
 
 __all__ = ["CASES", "Case", "Draw", "Sizes", "Trial", "Work", "cases_of"]
 
-CASES: tuple[Case, ...] = (*attention.CASES, *indexer.CASES, *moe.CASES, *norm_rope.CASES)
-CASES: tuple[Case, ...] = (*attention.CASES, *kv_cache.CASES, *moe.CASES, *norm_rope.CASES)
+CASES: tuple[Case, ...] = (
+    *attention.CASES,
+    *indexer.CASES,
+    *kv_cache.CASES,
+    *moe.CASES,
+    *norm_rope.CASES,
+)
 
 
 def cases_of(operators: Iterable[str]) -> list[Case]:

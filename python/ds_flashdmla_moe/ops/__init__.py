@@ -9,7 +9,7 @@ from .attention import (
     flash_dmla_fwd,
 )
 from .indexer import hadamard_quantize, indexer_kl_loss, indexer_logits, indexer_topk, paged_indexer_logits
-from .kv_cache import indexer_k_insert, kv_gather, mla_kv_insert, v4_kv_insert
+from .kv_cache import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, v4_kv_insert
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
 
@@ -21,10 +21,11 @@ __all__ = [
     "flash_dmla_fwd",
     "grouped_gemm",
     "hadamard_quantize",
+    "indexer_k_insert",
     "indexer_kl_loss",
     "indexer_logits",
     "indexer_topk",
-    "indexer_k_insert",
+    "kv_compress",
     "kv_gather",
     "mla_kv_insert",
     "moe_combine",
