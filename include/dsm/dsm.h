@@ -6,6 +6,7 @@
 #include "dsm/dtype.h"
 #include "dsm/error.h"
 #include "dsm/hyper_connection.h"
+#include "dsm/indexer.h"
 #include "dsm/kv_cache.h"
 #include "dsm/launch.h"
 #include "dsm/mla.h"
