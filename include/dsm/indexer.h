@@ -83,7 +83,7 @@ DSM_API void indexer_logits_backward(const IndexerLogitsBackwardArgs& args, cons
 /// apart. Source: DeepGEMM's and vLLM's layout.
 struct PagedIndexerLogitsArgs {
   TensorView q;             ///< [batch, s_q, heads, d] as in indexer_logits
-  TensorView cache;         ///< see above: q's dtype or, unless q is float64, uint8
+  TensorView cache;         ///< see above: q's dtype or, unless q is float64, uint8|int8|float8_e4m3fn
   TensorView weights;       ///< [batch, s_q, heads] wide, unit last stride
   TensorView context_lens;  ///< [batch, s_q] int32, any strides
   TensorView block_table;   ///< [batch, max_pages] int32, unit last stride

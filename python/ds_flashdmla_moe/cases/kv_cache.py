@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..ops import indexer_k_insert, kv_gather, mla_kv_insert, rope_frequencies, v4_kv_insert
+from ..ops import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, rope_frequencies, v4_kv_insert
 from .case import Case, Draw, Function, Sizes, Work
 from .kv_records import (
     QUANTIZED,
@@ -196,6 +198,110 @@ def _gather_case(label: str, size: int) -> Case:
     )
 
 
+# --- kv_compress ---
+
+
+def _compress_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+    """Two sequences behind one that is too short for an entry; with overlap."""
+    tokens, ratio, channels = sizes["tokens"], sizes["ratio"], 2 * sizes["d"]
+    ends = torch.tensor([0, ratio - 1, tokens // 2, tokens], dtype=torch.int32, device=draw.device)
+    return {
+        "a": draw(tokens, channels),
+        "z": draw(tokens, channels),
+        "ape": draw(ratio, channels),
+        "cu_seqlens": ends,
+        "overlap": True,
+    }
+
+
+def _chunk_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+    """The later parts of three requests, without overlap, whose earlier parts are in the state."""
+    inputs = _compress_inputs(sizes, draw)
+    batch, ratio, channels = 3, sizes["ratio"], 2 * sizes["d"]
+    starts = torch.arange(1, batch + 1, device=draw.device) * (ratio - 1)
+    pages = torch.arange(batch * 2, dtype=torch.int32, device=draw.device).flip(0).view(batch, 2)
+    state = draw(batch * 2, ratio, 2 * channels)
+    return inputs | {"overlap": False, "start_positions": starts, "state": state, "block_table": pages}
+
+
+def _chunk(state: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    state = state.clone()
+    return *kv_compress(**inputs, state=state), state
+
+
+def _pooled(a: Tensor, s: Tensor, ratio: int, overlap: bool) -> Tensor:
+    """The entries of one sequence, of which a and s are [tokens, channels]."""
+    n, d = a.shape[0] // ratio, a.shape[1] // (2 if overlap else 1)
+    values, scores = (x[: n * ratio].view(n, ratio, -1) for x in (a, s))
+    if overlap:
+        before = [
+            F.pad(x[:-1, :, :d], (0, 0, 0, 0, 1, 0), value=fill) for x, fill in ((values, 0.0), (scores, -torch.inf))
+        ]
+        values, scores = (torch.cat((old, x[..., d:]), 1) for old, x in zip(before, (values, scores), strict=True))
+    return (scores.softmax(1) * values).sum(1)
+
+
+def _compress(a: Tensor, z: Tensor, ape: Tensor, cu_seqlens: Tensor, overlap: bool) -> tuple[Tensor, Tensor]:
+    ratio, ends = ape.shape[0], cu_seqlens.tolist()
+    parts: list[Tensor] = []
+    tokens: list[int] = []
+    for begin, end in pairwise(ends):
+        if end - begin < ratio:
+            continue
+        s = z[begin:end] + ape.repeat(-(-(end - begin) // ratio), 1)[: end - begin]
+        parts.append(_pooled(a[begin:end], s, ratio, overlap))
+        tokens += range(begin + ratio - 1, end, ratio)
+    return _padded(torch.cat(parts), tokens, a.shape[0] // ratio)
+
+
+def _padded(c: Tensor, tokens: list[int], entries: int) -> tuple[Tensor, Tensor]:
+    free = entries - len(tokens)
+    return F.pad(c, (0, 0, 0, free)), torch.tensor([*tokens, *[-1] * free], dtype=torch.int32, device=c.device)
+
+
+def _compress_chunk(
+    a: Tensor,
+    z: Tensor,
+    ape: Tensor,
+    cu_seqlens: Tensor,
+    overlap: bool,
+    start_positions: Tensor,
+    state: Tensor,
+    block_table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Request by request: the state's rows put before the call's, and the last of all put back."""
+    (ratio, channels), page_size, ends = ape.shape, state.shape[1], cu_seqlens.tolist()
+    state = state.clone()
+    parts: list[Tensor] = []
+    tokens: list[int] = []
+    for b, (begin, end) in enumerate(pairwise(ends)):
+        start = int(start_positions[b])
+        first = start // ratio * ratio  # of the open group
+        position = torch.arange(first, start + end - begin, device=a.device)
+        page = block_table[b, position // page_size % block_table.shape[1]].long()
+        own = torch.cat((a[begin:end], z[begin:end] + ape[position[start - first :] % ratio]), -1)
+        rows = torch.cat((state[page, position % page_size][: start - first], own))
+        state[page[-ratio:], position[-ratio:] % page_size] = rows[-ratio:]
+        if rows.shape[0] >= ratio:
+            parts.append(_pooled(rows[:, :channels], rows[:, channels:], ratio, overlap))
+            tokens += range(begin + ratio - 1 - (start - first), end, ratio)
+    return *_padded(torch.cat(parts), tokens, min(a.shape[0], a.shape[0] // ratio + len(ends) - 1)), state
+
+
+def _compress_work(sizes: Sizes, width: int) -> Work:
+    """a and z read, c written; per channel of a token a sum, an exponential, two products and two sums."""
+    elements = sizes["tokens"] * 2 * sizes["d"]
+    return Work(6 * elements, (2 * elements + elements // (2 * sizes["ratio"])) * width)
+
+
+def _compress_backward_work(sizes: Sizes, width: int) -> Work:
+    """a, z and dc read, da and dz written."""
+    forward = _compress_work(sizes, width)
+    return Work(2 * forward.flops, forward.bytes + 4 * sizes["tokens"] * sizes["d"] * width)
+
+
+_SMALL_COMPRESS = {"tokens": 23, "ratio": 4, "d": 8}
+
 CASES = (
     _mla_case("plain", 576),
     _mla_case("V3.2 FP8", V32_FP8),
@@ -230,4 +336,27 @@ CASES = (
     _gather_case("V4 FP8", V4_FP8),
     _gather_case("V4.1 FP8", V41_FP8),
     _gather_case("V4.1 FP4", V41_FP4),
+    Case(
+        operator="kv_compress",
+        label="whole sequences, overlap",
+        sizes=_SMALL_COMPRESS,
+        inputs=_compress_inputs,
+        run=kv_compress,
+        formula=_compress,
+        gradients=("a", "z", "ape"),
+        dtypes=_WIDE,
+        benchmark={"cpu": ({"tokens": 4096, "ratio": 4, "d": 128}, {"tokens": 4096, "ratio": 128, "d": 512})},
+        work=_compress_work,
+        backward_work=_compress_backward_work,
+        peers=lambda device: {"torch": _compress},
+    ),
+    Case(
+        operator="kv_compress",
+        label="chunks",
+        sizes=_SMALL_COMPRESS,
+        inputs=_chunk_inputs,
+        run=_chunk,
+        formula=_compress_chunk,
+        dtypes=_WIDE,
+    ),
 )

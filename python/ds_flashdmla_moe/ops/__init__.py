@@ -11,6 +11,7 @@ from .attention import (
 from .hyper_connection import hc_head, hc_post, hc_pre
 from .indexer import hadamard_quantize, indexer_kl_loss, indexer_logits, indexer_topk, paged_indexer_logits
 from .kv_cache import indexer_k_insert, kv_gather, mla_kv_insert, v4_kv_insert
+from .kv_cache import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, v4_kv_insert
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import (
@@ -40,7 +41,14 @@ __all__ = [
     "indexer_kl_loss",
     "indexer_logits",
     "indexer_topk",
+    "hc_head",
+    "hc_post",
+    "hc_pre",
     "indexer_k_insert",
+    "indexer_kl_loss",
+    "indexer_logits",
+    "indexer_topk",
+    "kv_compress",
     "kv_gather",
     "merge_attention_states",
     "mla_decode",

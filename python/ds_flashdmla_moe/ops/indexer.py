@@ -180,8 +180,9 @@ def paged_indexer_logits(
 
     Args:
         q: ``[batch, s_q, heads, d]`` as in :func:`indexer_logits`.
-        cache: ``[pages, page_size, 1, d]`` in q's dtype, or the FP8 cache ``[pages, page_size, 1, d + 4]`` uint8, whose
-            pages hold page_size * d bytes of E4M3, then page_size float32 scales. Pages lie any distance apart.
+        cache: ``[pages, page_size, 1, d]`` in q's dtype, or the FP8 cache ``[pages, page_size, 1, d + 4]`` of bytes as
+            :func:`indexer_k_insert` fills it: page_size * d of E4M3, then page_size float32 scales. Pages lie any
+            distance apart.
         weights: ``[batch, s_q, heads]`` wide.
         context_lens: ``[batch, s_q]`` int32, keys that each query sees, or ``[batch]``: as many for all of a request.
         block_table: ``[batch, max_pages]`` int32.

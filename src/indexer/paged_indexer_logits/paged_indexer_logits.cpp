@@ -13,14 +13,15 @@ const Operator<PagedIndexerLogitsArgs> forward("indexer", "paged_indexer_logits"
 void check_cache(const Check& check, const PagedIndexerLogitsArgs& a) {
   constexpr std::int64_t any = Check::kAny;
   const std::int64_t d = a.q.size(3);
-  if (a.cache.dtype == DType::uint8 && a.q.dtype != DType::float64) {
-    check.tensor("cache", a.cache, "[pages, page_size, 1, d + 4]", {any, any, 1, d + 4}, {DType::uint8});
+  const bool bytes = element_size(a.cache.dtype) == 1, fp8_only = a.q.dtype == DType::float8_e4m3fn;
+  if (fp8_only || (bytes && a.q.dtype != DType::float64)) {
+    check.tensor("cache", a.cache, "[pages, page_size, 1, d + 4]", {any, any, 1, d + 4},
+                 {DType::uint8, DType::int8, DType::float8_e4m3fn});
     const std::int64_t page_size = a.cache.size(1);
     check.that(page_size <= 1 || a.cache.numel() == 0 || a.cache.stride[1] == d + 4, "cache",
                "d + 4 = " + std::to_string(d + 4) + " bytes per entry in a page", a.cache.stride[1]);
   } else {
-    const bool fp8 = a.q.dtype == DType::float8_e4m3fn;
-    check.tensor("cache", a.cache, "[pages, page_size, 1, d]", {any, any, 1, d}, {fp8 ? DType::uint8 : a.q.dtype});
+    check.tensor("cache", a.cache, "[pages, page_size, 1, d]", {any, any, 1, d}, {a.q.dtype});
   }
   check.unit_last_stride("cache", a.cache);
   check.that(a.cache.size(1) > 0, "page_size", "at least 1", a.cache.size(1));

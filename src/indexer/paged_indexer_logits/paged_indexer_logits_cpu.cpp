@@ -17,7 +17,7 @@ struct Request {
   const PagedIndexerLogitsArgs& a;
   std::int64_t b;
   std::int64_t heads = a.q.size(2), d = a.q.size(3), page_size = a.cache.size(1), max_len = a.logits.size(2);
-  DType q_dtype = a.q.dtype, k_dtype = a.cache.dtype == DType::uint8 ? DType::float8_e4m3fn : a.cache.dtype;
+  DType q_dtype = a.q.dtype, k_dtype = element_size(a.cache.dtype) == 1 ? DType::float8_e4m3fn : a.cache.dtype;
 
   const void* q(std::int64_t i, std::int64_t h) const {
     const std::int64_t offset = b * a.q.stride[0] + i * a.q.stride[1] + h * a.q.stride[2];

@@ -14,6 +14,7 @@ from tolerance import FLOATING, assert_close
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 GARBAGE = (-1, INT_MIN, INT_MAX)
+FP8 = torch.float8_e4m3fn
 
 
 def paged_fp8(k: Tensor, page_size: int, pages: list[int], padding: int = 0) -> Tensor:
@@ -60,6 +61,9 @@ def test_same_bits_as_without_pages(keys: int, page_size: int, fp8: bool, dtype:
         k, scale = dsm.ops.hadamard_quantize(k.float(), "fp8", rotate=False)
     expected = dsm.ops.indexer_logits(q, k, weights, scale, ends=lens[0])
     assert torch.equal(logits[0, :, :keys], expected)
+    if fp8:
+        again = dsm.ops.paged_indexer_logits(q[None], cache.view(FP8), weights[None], lens, block_table, keys + 2)
+        assert torch.equal(again, logits)
     assert (logits[0, :, keys:] == -math.inf).all()
 
 
@@ -146,7 +150,6 @@ def test_strided_views_and_same_bits() -> None:
     assert_same_bits(lambda: [dsm.ops.paged_indexer_logits(*views)])
 
 
-FP8 = torch.float8_e4m3fn
 GOOD = {
     "q": torch.zeros(2, 1, 3, 8),
     "cache": torch.zeros(4, 5, 1, 8),
@@ -164,7 +167,7 @@ GOOD = {
         ({"cache": torch.zeros(4, 5, 1, 8, dtype=torch.uint8)}, r"cache must be \[pages, page_size, 1, d \+ 4\]"),
         ({"cache": torch.zeros(4, 5, 1, 13, dtype=torch.uint8)[..., :12]}, "cache must be d . 4 = 12 bytes per entry"),
         ({"cache": torch.zeros(4, 0, 1, 8)}, "page_size must be at least 1"),
-        ({"q": GOOD["q"].to(FP8)}, "cache must be .* uint8, got .* float32"),
+        ({"q": GOOD["q"].to(FP8)}, r"cache must be .* uint8\|int8\|float8_e4m3fn, got .* float32"),
         ({"weights": torch.zeros(2, 1, 4)}, r"weights must be \[batch, s_q, heads\]"),
         ({"context_lens": torch.zeros(2, 1)}, r"context_lens must be \[batch, s_q\] = \[2, 1\] int32"),
         ({"context_lens": torch.zeros(3, dtype=torch.int32)}, "context_lens must be"),
