@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["PAGE_SIZE", "PagedCache", "Row", "Step", "stored"]
+__all__ = ["PAGE_SIZE", "PageOrder", "PagedCache", "Pages", "Row", "Step", "stored"]
 
 PAGE_SIZE = 64
+
+PageOrder = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,32 @@ class Row:
         return torch.zeros(count, PAGE_SIZE, 1, self.width, dtype=self.dtype, device=device)
 
 
+@dataclass(frozen=True)
+class Pages:
+    """Which pages of a pool belong to which request: ``table`` [batch, columns] int32, a ring of columns."""
+
+    table: Tensor
+
+    @classmethod
+    def allot(cls, counts: Sequence[int], device: torch.device, page_order: PageOrder) -> Pages:
+        """So many pages for each request, in the order that ``page_order`` gives for their number."""
+        order, first = page_order(sum(counts)), 0
+        table = torch.zeros(len(counts), max(counts, default=1) or 1, dtype=torch.int32)
+        for request, count in enumerate(counts):
+            table[request, :count] = order[first : first + count]
+            first += count
+        return cls(table.to(device))
+
+    def of(self, requests: Tensor) -> Pages:
+        return Pages(self.table[requests])
+
+    def slots(self, indices: Tensor) -> Tensor:
+        """The pool's rows for entries [batch, …] of each request; -1 for those below 0."""
+        flat = indices.clamp_min(0).flatten(1).long()
+        pages = self.table.gather(1, flat // PAGE_SIZE % self.table.shape[1]).long()
+        return torch.where(indices < 0, -1, (pages * PAGE_SIZE + flat % PAGE_SIZE).view(indices.shape))
+
+
 class PagedCache:
     """For every layer one pool of pages of each kind of row; all pools number their pages alike.
 
@@ -35,7 +63,7 @@ class PagedCache:
         layers: their number.
         rows: the kinds of row that each layer has.
         capacities: tokens that each request may come to have.
-        page_order: the pages in the order in which they are handed out; ``None``: increasing.
+        page_order: in which order a number of pages is handed out.
     """
 
     def __init__(
@@ -44,29 +72,23 @@ class PagedCache:
         rows: Sequence[Row],
         capacities: Sequence[int],
         device: torch.device,
-        page_order: Tensor | None = None,
+        page_order: PageOrder = torch.arange,
     ) -> None:
-        pages = [-(-capacity // PAGE_SIZE) for capacity in capacities]
-        order = torch.arange(sum(pages)) if page_order is None else page_order
-        self.pools = [[row.pages(sum(pages), device) for row in rows] for _ in range(layers)]
-        self.block_table = torch.zeros(len(pages), max(pages, default=0), dtype=torch.int32)
-        first = 0
-        for request, count in enumerate(pages):
-            self.block_table[request, :count] = order[first : first + count]
-            first += count
-        self.block_table = self.block_table.to(device)
-        self.lengths = [0] * len(pages)
+        counts = [-(-capacity // PAGE_SIZE) for capacity in capacities]
+        self.pools = [[row.pages(sum(counts), device) for row in rows] for _ in range(layers)]
+        self.pages = Pages.allot(counts, device, page_order)
+        self.lengths = [0] * len(capacities)
 
     def extend(self, requests: Sequence[int], new: int) -> Step:
         """Give each of these requests ``new`` more tokens, whose rows the layers then write."""
-        device = self.block_table.device
-        before = [self.lengths[request] for request in requests]
+        device = self.pages.table.device
+        start = torch.tensor([self.lengths[request] for request in requests], device=device)
+        fresh = not any(self.lengths[request] for request in requests)
         for request in requests:
             self.lengths[request] += new
-        start = torch.tensor(before, device=device)
         positions = start[:, None] + torch.arange(new, device=device)
-        table = self.block_table[torch.tensor(requests, device=device)]
-        return Step(self.pools, table, (start + new).int(), positions, not any(before))
+        pages = self.pages.of(torch.tensor(requests, device=device))
+        return Step(self.pools, pages, (start + new).int(), positions, fresh)
 
 
 @dataclass(frozen=True)
@@ -77,22 +99,15 @@ class Step:
     """
 
     pools: list[list[Tensor]]
-    block_table: Tensor
+    pages: Pages
     lengths: Tensor
     positions: Tensor
     fresh: bool
 
-    def slots(self, indices: Tensor) -> Tensor:
-        """The rows in the pools of each request's tokens [batch, …]; what is below 0 stays so."""
-        flat = indices.clamp_min(0).flatten(1).long()
-        pages = self.block_table.gather(1, flat // PAGE_SIZE).long()
-        slots = (pages * PAGE_SIZE + flat % PAGE_SIZE).view(indices.shape)
-        return torch.where(indices < 0, -1, slots)
-
     def append(self, pool: Tensor, rows: Tensor, d_latent: int) -> None:
         """Write rows ``[latent | rotated key]`` [batch, new, …] of the new tokens to a layer's pool."""
         flat = rows.flatten(0, 1)
-        ops.mla_kv_insert(flat[:, :d_latent], flat[:, d_latent:], pool, self.slots(self.positions).flatten())
+        ops.mla_kv_insert(flat[:, :d_latent], flat[:, d_latent:], pool, self.pages.slots(self.positions).flatten())
 
 
 class _Stored(torch.autograd.Function):

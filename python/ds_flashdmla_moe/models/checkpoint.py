@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..qtensor import FP8Tensor, MXFP4Tensor
 from .config import Fp8Blocks, read_json
 
 __all__ = ["Checkpoint", "StoredTensor"]
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16")
+FP4_PAIRS = ("I8", "U8", "F4")  # two codes in a byte
 SCALE = "_scale_inv"  # of tensor x.weight in x.weight_scale_inv
 
 
@@ -26,6 +28,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     file: str
+    name: str
 
 
 class Checkpoint:
@@ -59,52 +62,75 @@ class Checkpoint:
                 if tensor in self.tensors:
                     raise ValueError(f"{path}: tensor {tensor!r} is also in {self.tensors[tensor].file}")
                 header = file.get_slice(tensor)
-                self.tensors[tensor] = StoredTensor(tuple(header.get_shape()), str(header.get_dtype()), name)
+                self.tensors[tensor] = StoredTensor(tuple(header.get_shape()), str(header.get_dtype()), name, tensor)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Know tensors by other names; ValueError if two get the same one."""
+        renamed: dict[str, StoredTensor] = {}
+        for name, stored in self.tensors.items():
+            known = renamed.setdefault(new_name(name), stored)
+            if known is not stored:
+                raise ValueError(f"{self.folder}: {name} and {known.name} are the same tensor of the model")
+        self.tensors = renamed
+
     def check(
-        self, expected: dict[str, tuple[int, ...]], unused: Collection[str], quantization: Fp8Blocks | None
+        self,
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        is_unused: Callable[[str], bool],
+        quantization: Fp8Blocks | None,
     ) -> None:
-        """That the expected tensors are there in their shapes, with their scales, and no others but ``unused``."""
+        """That the expected tensors are there in their shapes, with their scales, and no others but unused ones."""
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise ValueError(f"{self.folder}: missing {some(missing)}")
         scales = set()
-        for name, shape in expected.items():
+        for name, (dtype, shape) in expected.items():
             stored = self.tensors[name]
+            kinds: tuple[str, ...] = FLOATS if dtype.is_floating_point else ("I64", "I32")
+            if quantization is not None and len(shape) == 2 and stored.dtype in ("F8_E4M3", *FP4_PAIRS):
+                scales.add(name + SCALE)
+                fp4 = stored.dtype in FP4_PAIRS
+                kinds = (stored.dtype,)
+                if fp4 and stored.dtype != "F4":
+                    shape = shape[0], shape[1] // 2
+                self._check_scale(name, expected[name][1], (1, 32) if fp4 else quantization.block, fp4)
             if stored.shape != shape:
                 raise ValueError(f"{self.folder}: {name} must have shape {list(shape)}, got {list(stored.shape)}")
-            if stored.dtype == "F8_E4M3" and quantization is not None and len(shape) == 2:
-                scales.add(name + SCALE)
-                self._check_scale(name, shape, quantization)
-            elif stored.dtype not in FLOATS:
-                raise ValueError(f"{self.folder}: {name} must be {' or '.join(FLOATS)}, got {stored.dtype}")
-        extra = [name for name in self.tensors if not (name in expected or name in scales or name in unused)]
+            if stored.dtype not in kinds:
+                raise ValueError(f"{self.folder}: {name} must be {' or '.join(kinds)}, got {stored.dtype}")
+        extra = [name for name in self.tensors if not (name in expected or name in scales or is_unused(name))]
         if extra:
             raise ValueError(f"{self.folder}: not of this model: {some(extra)}")
 
-    def _check_scale(self, name: str, shape: tuple[int, ...], blocks: Fp8Blocks) -> None:
+    def _check_scale(self, name: str, shape: tuple[int, ...], block: tuple[int, int], fp4: bool) -> None:
         scale = self.tensors.get(name + SCALE)
         if scale is None:
             raise ValueError(f"{self.folder}: missing tensor {name + SCALE}, the scales of {name}")
-        want = (-(-shape[0] // blocks.rows), -(-shape[1] // blocks.columns))
-        if scale.shape != want or scale.dtype not in (*FLOATS, "F8_E8M0"):
+        if fp4 and shape[1] % block[1]:
+            raise ValueError(f"{self.folder}: {name} must have a multiple of {block[1]} columns, got {shape[1]}")
+        want = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+        kinds = ("F8_E8M0", "U8") if fp4 else ("F8_E8M0", *FLOATS)
+        if scale.shape != want or scale.dtype not in kinds:
             got = f"{list(scale.shape)} {scale.dtype}"
-            raise ValueError(f"{self.folder}: {name + SCALE} must be {list(want)} F32 or F8_E8M0, got {got}")
+            raise ValueError(f"{self.folder}: {name + SCALE} must be {list(want)} {' or '.join(kinds)}, got {got}")
 
     def read(self, name: str, quantization: Fp8Blocks | None = None) -> Tensor:
         """A tensor that ``check`` has passed, read when it is used; a quantised one is float32 ``code * scale``."""
         tensor = self._mapped(name)
-        if tensor.dtype != torch.float8_e4m3fn or quantization is None:
+        if quantization is None or name + SCALE not in self.tensors:
             return tensor
-        scale = self._mapped(name + SCALE).float().repeat_interleave(quantization.columns, 1)[:, : tensor.shape[1]]
-        return tensor.float() * scale.repeat_interleave(quantization.rows, 0)[: tensor.shape[0]]
+        scale = self._mapped(name + SCALE)
+        if self.tensors[name].dtype in FP4_PAIRS:
+            return MXFP4Tensor(tensor, scale).dequantize()
+        scale = scale if scale.dtype == torch.float8_e8m0fnu else scale.float()
+        return FP8Tensor(tensor, scale, quantization.block).dequantize()
 
     def _mapped(self, name: str) -> Tensor:
         stored = self.tensors[name]
         try:
-            tensor: Tensor = self._files[stored.file].get_tensor(name)
+            tensor: Tensor = self._files[stored.file].get_tensor(stored.name)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{self.folder / stored.file}: cannot read {name}: {error}") from error
         return tensor

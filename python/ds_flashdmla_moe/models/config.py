@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Fields", "Fp8Blocks", "Rope", "V3Config", "V32Config", "read_json"]
+__all__ = ["Fields", "Fp8Blocks", "ModelConfig", "Rope", "V3Config", "V32Config", "read_json", "token_ids"]
 
 MAX_WIDTH = 2**20  # of any dimension of a weight
 MAX_JSON_BYTES = 2**28  # the index of the largest released model has 9 MB
@@ -143,10 +143,9 @@ def _mscale(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class Fp8Blocks:
-    """Weights in FP8 E4M3, one scale for ``rows × columns`` of them."""
+    """Weights in FP8 E4M3, one scale for a ``block`` of rows × columns; experts may be in MXFP4 instead."""
 
-    rows: int
-    columns: int
+    block: tuple[int, int]
 
     @classmethod
     def read(cls, config: Fields) -> Fp8Blocks | None:
@@ -159,17 +158,49 @@ class Fp8Blocks:
         block = fields.values.get("weight_block_size")
         if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 1 <= n <= 2**20 for n in block)):
             raise fields.refuse("weight_block_size", "two integers from 1 to 1048576", block)
-        return cls(*block)
+        return cls((block[0], block[1]))
 
 
 @dataclass(frozen=True)
-class V3Config:
-    """Sizes of a DeepSeek-V3. Fields have the names of the library's dimensions; ``read`` knows config.json's."""
+class ModelConfig:
+    """What all models have. Fields are named as the library's dimensions; ``read`` knows config.json's names."""
 
     vocab: int
     layers: int
-    draft_layers: int
     hidden: int
+    experts: int
+    topk: int
+    expert_intermediate: int
+    eps: float
+    tied_head: bool
+    eos: tuple[int, ...]
+    dtype: str
+    quantization: Fp8Blocks | None
+
+    @staticmethod
+    def read_common(fields: Fields) -> dict[str, Any]:
+        experts = fields.integer("n_routed_experts", most=2**16)
+        dtype = "dtype" if "dtype" in fields.values else "torch_dtype"
+        return {
+            "vocab": fields.integer("vocab_size", most=2**24),
+            "layers": fields.integer("num_hidden_layers", most=2**16),
+            "hidden": fields.integer("hidden_size"),
+            "experts": experts,
+            "topk": fields.integer("num_experts_per_tok", most=experts),
+            "expert_intermediate": fields.integer("moe_intermediate_size"),
+            "eps": fields.number("rms_norm_eps", 1e-6, above=0),
+            "tied_head": fields.flag("tie_word_embeddings", False),
+            "eos": token_ids(fields, "eos_token_id"),
+            "dtype": fields.choice(dtype, "bfloat16", "float16", "float32"),
+            "quantization": Fp8Blocks.read(fields),
+        }
+
+
+@dataclass(frozen=True)
+class V3Config(ModelConfig):
+    """Sizes of a DeepSeek-V3."""
+
+    draft_layers: int
     heads: int
     q_rank: int | None
     d_latent: int
@@ -181,19 +212,11 @@ class V3Config:
     rope_interleaved: bool
     moe_layers: tuple[bool, ...]
     intermediate: int
-    experts: int
-    topk: int
     n_group: int
     topk_group: int
-    expert_intermediate: int
     shared_experts: int
     renormalize: bool
     routed_scaling_factor: float
-    eps: float
-    tied_head: bool
-    eos: tuple[int, ...]
-    dtype: str
-    quantization: Fp8Blocks | None
 
     @classmethod
     def read(cls, fields: Fields) -> V3Config:
@@ -208,13 +231,11 @@ class V3Config:
         fields.choice("hidden_act", "silu")
         fields.choice("scoring_func", "sigmoid")
         fields.choice("topk_method", "noaux_tc")
-        vocab = fields.integer("vocab_size", most=2**24)
-        layers = fields.integer("num_hidden_layers", most=2**16)
+        common = ModelConfig.read_common(fields)
+        layers, experts, topk = common["layers"], common["experts"], common["topk"]
         d_rope = fields.integer("qk_rope_head_dim", least=2)
         if d_rope % 2:
             raise fields.refuse("qk_rope_head_dim", "even", d_rope)
-        experts = fields.integer("n_routed_experts", most=2**16)
-        topk = fields.integer("num_experts_per_tok", most=experts)
         n_group = fields.integer("n_group", 1, most=experts)
         topk_group = fields.integer("topk_group", 1, most=n_group)
         if experts % n_group:
@@ -222,12 +243,9 @@ class V3Config:
         if topk > experts // n_group * topk_group:
             selectable = f"at most {experts // n_group * topk_group}, the experts of topk_group groups"
             raise fields.refuse("num_experts_per_tok", selectable, topk)
-        dtype = "dtype" if "dtype" in fields.values else "torch_dtype"
         return {
-            "vocab": vocab,
-            "layers": layers,
+            **common,
             "draft_layers": fields.integer("num_nextn_predict_layers", 0, least=0, most=2**10),
-            "hidden": fields.integer("hidden_size"),
             "heads": heads,
             "q_rank": fields.integer("q_lora_rank", None),
             "d_latent": fields.integer("kv_lora_rank"),
@@ -239,19 +257,11 @@ class V3Config:
             "rope_interleaved": fields.flag("rope_interleave", True),
             "moe_layers": _moe_layers(fields, layers),
             "intermediate": fields.integer("intermediate_size"),
-            "experts": experts,
-            "topk": topk,
             "n_group": n_group,
             "topk_group": topk_group,
-            "expert_intermediate": fields.integer("moe_intermediate_size"),
             "shared_experts": fields.integer("n_shared_experts", None, least=0, most=2**10) or 0,
             "renormalize": fields.flag("norm_topk_prob", True),
             "routed_scaling_factor": fields.number("routed_scaling_factor", 1.0),
-            "eps": fields.number("rms_norm_eps", 1e-6, above=0),
-            "tied_head": fields.flag("tie_word_embeddings", False),
-            "eos": _token_ids(fields, "eos_token_id"),
-            "dtype": fields.choice(dtype, "bfloat16", "float16", "float32"),
-            "quantization": Fp8Blocks.read(fields),
         }
 
 
@@ -294,7 +304,7 @@ def _moe_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     return tuple(kind == "sparse" for kind in kinds)
 
 
-def _token_ids(fields: Fields, name: str) -> tuple[int, ...]:
+def token_ids(fields: Fields, name: str) -> tuple[int, ...]:
     value = fields.values.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int and 0 <= token < 2**24 for token in ids):

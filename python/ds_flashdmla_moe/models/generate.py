@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sampling import check_sampling, sample
+from .cache import PageOrder
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
@@ -28,7 +29,7 @@ def generate(
     stop: Sequence[int],
     callback: Callable[[int, int], None] | None,
     chunk: int,
-    page_order: Tensor | None = None,
+    page_order: PageOrder = torch.arange,
 ) -> list[Tensor]:
     """See :meth:`LanguageModel.generate`; ``page_order`` hands out the cache's pages in another order."""
     if max_new_tokens < 0:
@@ -42,7 +43,7 @@ def generate(
         return [prompt.clone() for prompt in prompts]
     device = prompts[0].device
     random = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    cache = model.make_cache([len(prompt) + max_new_tokens - 1 for prompt in prompts], page_order)
+    cache = model.make_cache([len(prompt) + max_new_tokens - 1 for prompt in prompts], chunk, page_order)
 
     def advance(requests: list[int], tokens: Tensor) -> Tensor:
         step = cache.extend(requests, tokens.shape[1])

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .cache import PageOrder
+from .config import ModelConfig
+from .experts import expert_parts
 from .generate import generate
 
 __all__ = ["LanguageModel"]
@@ -18,18 +21,42 @@ class LanguageModel(nn.Module):
     """A model with an ``lm_head``; ``hidden`` maps tokens to its input, ``make_cache`` makes the caches."""
 
     lm_head: nn.Linear
+    model: Any
 
-    def __init__(self, vocab: int, eos: tuple[int, ...]) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.vocab, self.eos = vocab, eos
+        self.config = config
+
+    def tie(self) -> None:
+        """Make the head's matrix the embedding's where the config says so."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(self, input_ids: Tensor, step: Any) -> Tensor:
         """[batch, tokens, hidden] behind the last norm; ``step`` is of ``make_cache(…).extend``, None without cache."""
         raise NotImplementedError
 
-    def make_cache(self, capacities: Sequence[int], page_order: Tensor | None = None) -> Any:
-        """An empty cache for requests of so many tokens."""
+    def make_cache(self, capacities: Sequence[int], chunk: int = 1, page_order: PageOrder = torch.arange) -> Any:
+        """An empty cache for requests of so many tokens, of which at most ``chunk`` come at once."""
         raise NotImplementedError
+
+    def stored_name(self, tensor: str) -> str:
+        """The name under which :meth:`stored_parts` knows a checkpoint's tensor."""
+        return tensor
+
+    def stored_parts(self, parameter: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
+        """The checkpoint's tensors that make up a parameter or buffer, with the part that each one fills."""
+        if ".experts." in parameter:
+            yield from expert_parts(parameter, self.config.experts, self.config.expert_intermediate)
+        else:
+            yield parameter, ()
+
+    def check_values(self) -> None:
+        """ValueError for loaded values that the model cannot work with."""
+
+    def is_unused(self, tensor: str) -> bool:
+        """Whether a checkpoint may have this tensor although the model does not read it."""
+        return False
 
     def check_tokens(self, what: str, tokens: Tensor, dims: int) -> None:
         if tokens.dim() != dims or tokens.dtype != torch.int64:
@@ -38,10 +65,11 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{what} must be {shape} int64, got {got}")
         if tokens.device != self.lm_head.weight.device:
             raise ValueError(f"{what} must be on {self.lm_head.weight.device}, got {tokens.device}")
-        if not torch.compiler.is_compiling() and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.vocab:
-            raise ValueError(
-                f"{what} must be from 0 to vocab_size - 1 = {self.vocab - 1}, got {tokens.min()} to {tokens.max()}"
-            )
+        if torch.compiler.is_compiling() or not tokens.numel():
+            return
+        least, most, vocab = int(tokens.min()), int(tokens.max()), self.config.vocab
+        if least < 0 or most >= vocab:
+            raise ValueError(f"{what} must be from 0 to vocab_size - 1 = {vocab - 1}, got {least} to {most}")
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [batch, tokens, vocab] float32 (float64 for float64) for input_ids [batch, tokens] int64."""
@@ -87,7 +115,7 @@ class LanguageModel(nn.Module):
         else:
             for i, prompt in enumerate(input_ids):
                 self.check_tokens(f"input_ids[{i}]", prompt, 1)
-        eos = self.eos if eos_token_id is None else eos_token_id
+        eos = self.config.eos if eos_token_id is None else eos_token_id
         stop = (eos,) if isinstance(eos, int) else tuple(eos)
         prompts = list(input_ids)
         done = generate(self, prompts, max_new_tokens, temperature, top_p, seed, stop, callback, chunk)

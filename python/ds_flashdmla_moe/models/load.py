@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,16 @@ from .checkpoint import Checkpoint
 from .config import Fields, V3Config, V32Config, read_json
 from .language_model import LanguageModel
 from .v3 import DeepseekV3
+from .v4 import DeepseekV4
+from .v4_config import V4Config
 from .v32 import DeepseekV32
 
 __all__ = ["load_model"]
 
-MODELS: dict[str, tuple[type[V3Config], type[DeepseekV3]]] = {
+MODELS: dict[str, tuple[Any, Any]] = {
     "deepseek_v3": (V3Config, DeepseekV3),
     "deepseek_v32": (V32Config, DeepseekV32),
+    "deepseek_v4": (V4Config, DeepseekV4),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,19 +33,19 @@ def load_model(
     dtype: torch.dtype | None = None,
     kv_cache_dtype: str = "auto",
 ) -> LanguageModel:
-    """A language model from a folder in Hugging Face's layout: config.json and safetensors, of
-    ``deepseek_v3`` or ``deepseek_v32``.
+    """A language model from a folder with config.json and safetensors: DeepSeek-V3, V3.2 or V4.
 
-    Weights are float32, bfloat16 or float16, or FP8 E4M3 with a scale per block, which is multiplied in. Files are
-    mapped and copied tensor by tensor, so that loading needs little memory beside the model's own.
+    The layout is Hugging Face's (``model_type`` deepseek_v3, deepseek_v32, deepseek_v4) or, for V4, that of DeepSeek's
+    release. Weights are float32, bfloat16 or float16, or FP8 E4M3 with a scale per block or MXFP4, whose scales are
+    multiplied in. Files are mapped and copied tensor by tensor: loading needs little memory beside the model's own.
 
     Args:
         path: the folder.
         device: where the model shall be; default the CPU.
         dtype: of the parameters: float64, float32, bfloat16 or float16; default that of config.json.
-        kv_cache_dtype: of the cache's rows: ``"bf16"``, ``"fp32"``, for V3.2 also ``"fp8"`` (656 bytes, if rows have
-            512 + 64 numbers), or ``"auto"``: the parameters' dtype for V3; for V3.2 FP8 where there is such a format,
-            else bfloat16. Over whole sequences rows are rounded likewise.
+        kv_cache_dtype: of the cache's rows: ``"bf16"``, ``"fp32"``, for V3.2 and V4 of the released row sizes also
+            ``"fp8"`` (656 and 584 bytes), or ``"auto"``: the parameters' dtype for V3, and for V3.2 and V4 FP8 where
+            there is such a format, else bfloat16. Over whole sequences rows are rounded likewise.
 
     Returns:
         The model in evaluation mode: ``model(input_ids)`` and ``model.generate(input_ids, max_new_tokens)``.
@@ -64,25 +68,25 @@ def load_model(
         got = f"{len(checkpoint.tensors)} in the files"
         raise ValueError(f"{fields.where}: layers and experts need at least {least} tensors, got {got}")
     with torch.device("meta"):
-        model = model_type(config, dtype, kv_cache_dtype)
+        model: LanguageModel = model_type(config, dtype, kv_cache_dtype)
+    checkpoint.rename(model.stored_name)
     _fill(model, checkpoint, torch.device(device or "cpu"))
     return model.eval()
 
 
-def _fill(model: DeepseekV3, checkpoint: Checkpoint, device: torch.device) -> None:
+def _fill(model: LanguageModel, checkpoint: Checkpoint, device: torch.device) -> None:
     """Give a model without memory its parameters and buffers."""
     empty = model.state_dict(keep_vars=True)
     if model.config.tied_head:
         del empty["lm_head.weight"]
     parts = {name: list(model.stored_parts(name)) for name in empty}
     expected = {
-        stored: tuple(empty[name][index].shape)
+        stored: (empty[name].dtype, tuple(empty[name][index].shape))
         for name, stored_parts in parts.items()
         for stored, index in stored_parts
     }
-    unused = model.unused_tensors() | ({"lm_head.weight"} if model.config.tied_head else set())
-    quantization = model.config.quantization
-    checkpoint.check(expected, unused, quantization)
+    quantization, tied = model.config.quantization, model.config.tied_head
+    checkpoint.check(expected, lambda name: model.is_unused(name) or (tied and name == "lm_head.weight"), quantization)
     state: dict[str, Tensor] = {}
     for name, stored_parts in parts.items():
         state[name] = torch.empty(empty[name].shape, dtype=empty[name].dtype, device=device)
@@ -93,3 +97,4 @@ def _fill(model: DeepseekV3, checkpoint: Checkpoint, device: torch.device) -> No
     model.load_state_dict(state, assign=True)
     model.tie()
     model.to(device)
+    model.check_values()

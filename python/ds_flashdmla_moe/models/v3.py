@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from .. import ops
 from ..moe import MoEWeights, moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
-from .cache import PagedCache, Row, Step, stored
+from .cache import PagedCache, PageOrder, Row, Step, stored
 from .config import V3Config
+from .experts import Experts, Mlp
 from .language_model import LanguageModel
 
 __all__ = ["DeepseekV3"]
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         latent, _ = ops.mla_decode(
             query.to(wide),
             cache.to(wide),
-            step.block_table,
+            step.pages.table,
             step.lengths,
             self.config.d_latent,
             softmax_scale=self.scale,
@@ -116,20 +119,6 @@ class Attention(nn.Module):
         return torch.einsum("...hl,hvl->...hv", latent, self._split_kv_b()[1])
 
 
-class Mlp(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(ops.swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), -1)))
-        return y
-
-
 class Gate(Float32Buffers):
     e_score_correction_bias: Tensor
 
@@ -139,22 +128,12 @@ class Gate(Float32Buffers):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, dtype=torch.float32))
 
 
-class Experts(nn.Module):
-    """The routed experts' matrices stacked, gate rows before up rows."""
-
-    def __init__(self, config: V3Config) -> None:
-        super().__init__()
-        c = config
-        self.gate_up_proj = nn.Parameter(torch.empty(c.experts, 2 * c.expert_intermediate, c.hidden))
-        self.down_proj = nn.Parameter(torch.empty(c.experts, c.hidden, c.expert_intermediate))
-
-
 class Moe(nn.Module):
     def __init__(self, config: V3Config) -> None:
         super().__init__()
         self.config = config
         self.gate = Gate(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config.experts, config.hidden, config.expert_intermediate)
         self.shared_experts: Mlp | None = None
         if config.shared_experts:
             self.shared_experts = Mlp(config.hidden, config.shared_experts * config.expert_intermediate)
@@ -166,7 +145,7 @@ class Moe(nn.Module):
             w13=self.experts.gate_up_proj,
             w2=self.experts.down_proj,
             gate_bias=self.gate.e_score_correction_bias,
-            shared_w13=None if shared is None else torch.cat((shared.gate_proj.weight, shared.up_proj.weight)),
+            shared_w13=None if shared is None else shared.w13(),
             shared_w2=None if shared is None else shared.down_proj.weight,
         )
         return moe_megakernel_fwd(
@@ -234,8 +213,8 @@ class DeepseekV3(LanguageModel):
     rows: tuple[Row, ...]
 
     def __init__(self, config: V3Config, dtype: torch.dtype, kv_cache_dtype: str) -> None:
-        super().__init__(config.vocab, config.eos)
-        self.config = config
+        super().__init__(config)
+        self.config: V3Config = config
         self.rows = self.cache_rows(config, dtype, kv_cache_dtype)
         self.model = Backbone(config, self.attention)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
@@ -253,49 +232,32 @@ class DeepseekV3(LanguageModel):
     def attention(self, layer: int) -> Attention:
         return Attention(self.config, layer, self.rows[0])
 
-    def tie(self) -> None:
-        """Make the head's matrix the embedding's where the config says so."""
-        if self.config.tied_head:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
     def hidden(self, input_ids: Tensor, step: Step | None) -> Tensor:
         y: Tensor = self.model(input_ids, step)
         return y
 
-    def make_cache(self, capacities: Sequence[int], page_order: Tensor | None = None) -> PagedCache:
-        c, device = self.config, self.lm_head.weight.device
-        return PagedCache(c.layers, self.rows, capacities, device, page_order)
+    def make_cache(self, capacities: Sequence[int], chunk: int = 1, page_order: PageOrder = torch.arange) -> PagedCache:
+        return PagedCache(self.config.layers, self.rows, capacities, self.lm_head.weight.device, page_order)
 
     @staticmethod
     def tensor_count(config: V3Config) -> int:
         """A lower bound, free of the cost of a model, on the tensors of a checkpoint."""
         return 8 * config.layers + 3 * config.experts * sum(config.moe_layers)
 
-    def stored_parts(self, parameter: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
-        """The checkpoint's tensors that make up a parameter or buffer, with the part that each one fills."""
-        prefix, _, last = parameter.rpartition(".experts.")
-        if not prefix:
-            yield parameter, ()
-            return
-        rows = self.config.expert_intermediate
-        for expert in range(self.config.experts):
-            if last == "down_proj":
-                yield f"{prefix}.experts.{expert}.down_proj.weight", (expert,)
-            else:
-                yield f"{prefix}.experts.{expert}.gate_proj.weight", (expert, slice(0, rows))
-                yield f"{prefix}.experts.{expert}.up_proj.weight", (expert, slice(rows, 2 * rows))
+    def is_unused(self, tensor: str) -> bool:
+        """Tables of angles, and blocks that predict further tokens."""
+        return self._unused.fullmatch(tensor) is not None
 
-    def unused_tensors(self) -> set[str]:
-        """Names that a checkpoint may have and this model does not read: blocks that predict further tokens."""
+    @cached_property
+    def _unused(self) -> re.Pattern[str]:
         c = self.config
-        names = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(c.layers + c.draft_layers)}
-        if not any(c.moe_layers):
-            return names
+        angles = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+        if not any(c.moe_layers) or not c.draft_layers:
+            return re.compile(angles)
         like = f"model.layers.{c.moe_layers.index(True)}."
-        own = [name.removeprefix(like) for name in self.state_dict() if name.startswith(like)]
-        parts = [part.removeprefix(like) for name in own for part, _ in self.stored_parts(like + name)]
+        own = [name for name in self.state_dict() if name.startswith(like)]
+        parts = {part.removeprefix(like) for name in own for part, _ in self.stored_parts(name)}
         heads = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
-        for draft in range(c.layers, c.layers + c.draft_layers):
-            for name in (*parts, *(f"{head}.weight" for head in heads)):
-                names |= {f"model.layers.{draft}.{name}", f"model.layers.{draft}.{name}_scale_inv"}
-        return names
+        names = "|".join(map(re.escape, sorted(parts | {f"{head}.weight" for head in heads})))
+        drafts = "|".join(map(str, range(c.layers, c.layers + c.draft_layers)))
+        return re.compile(rf"{angles}|model\.layers\.(?:{drafts})\.(?:{names})(?:_scale_inv)?")

@@ -60,7 +60,7 @@ class Indexer(nn.Module):
             return torch.stack([self._choose(*sequence) for sequence in zip(q, k, weights, strict=True)])
         wide_pool = pool if self.fp8 else pool.to(q.dtype)
         seen = (positions + 1).int()
-        logits = ops.paged_indexer_logits(q, wide_pool, weights, seen, step.block_table)
+        logits = ops.paged_indexer_logits(q, wide_pool, weights, seen, step.pages.table)
         chosen = ops.indexer_topk(logits.flatten(0, 1).float(), min(c.index_topk, logits.shape[-1]))
         return chosen.view(*x.shape[:-1], -1)
 
@@ -79,7 +79,7 @@ class Indexer(nn.Module):
         return ops.indexer_topk(logits.float(), min(self.config.index_topk, len(k)))
 
     def _append(self, k: Tensor, step: Step, pool: Tensor) -> None:
-        slots = step.slots(step.positions).flatten()
+        slots = step.pages.slots(step.positions).flatten()
         if self.fp8:
             ops.indexer_k_insert(k.flatten(0, 1), pool, slots)
         else:
@@ -131,7 +131,7 @@ class SparseAttention(Attention):
         latent, _ = ops.sparse_mla_decode(
             query.to(wide),
             cache.to(wide) if cache.dtype.is_floating_point else cache,
-            step.slots(chosen).int(),
+            step.pages.slots(chosen).int(),
             c.d_latent,
             softmax_scale=self.scale,
         )
@@ -144,8 +144,6 @@ class DeepseekV32(DeepseekV3):
     In bfloat16 the indexer works in FP8, as the model's own code does, where its dimension is a power of two; in other
     dtypes it rounds nothing further.
     """
-
-    config: V32Config
 
     @staticmethod
     def cache_rows(config: V3Config, dtype: torch.dtype, kv_cache_dtype: str) -> tuple[Row, ...]:
@@ -169,4 +167,5 @@ class DeepseekV32(DeepseekV3):
         return dtype == torch.bfloat16 and config.index_dim.bit_count() == 1
 
     def attention(self, layer: int) -> Attention:
+        assert isinstance(self.config, V32Config)
         return SparseAttention(self.config, layer, self.rows[0], self.rows[1].dtype == torch.uint8)

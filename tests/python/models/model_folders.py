@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
     PreTrainedModel,
 )
+
+transformers.logging.set_verbosity_error()
 
 V3_SIZES = {
     "vocab_size": 97,
@@ -83,6 +88,52 @@ V32_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+V4_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.25,
+    "q_lora_rank": 20,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "layer_types": ["sliding_attention", *2 * ["compressed_sparse_attention"], "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    "mlp_layer_types": ["hash_moe", "moe", "hash_moe", "moe"],
+    "sliding_window": 8,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "index_topk": 3,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5}
+    | {"original_max_position_embeddings": 16},
+}
+V4_SHAPES: dict[str, dict[str, Any]] = {
+    "released": {},
+    "odd ratios and window": {
+        "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 5},
+        "sliding_window": 7,
+        "o_groups": 4,
+        "hc_mult": 3,
+        "hc_sinkhorn_iters": 2,
+        "index_topk": 2,
+    },
+    "ratio 1 and window 2": {
+        "compress_rates": {"compressed_sparse_attention": 1, "heavily_compressed_attention": 2},
+        "sliding_window": 2,
+        "o_groups": 1,
+        "swiglu_limit": 0.5,
+        "scoring_func": "sigmoid",
+        "hc_mult": 1,
+    },
+    "no stretching, all chosen": {"rope_parameters": None, "index_topk": 100, "hc_eps": 1e-3, "rms_norm_eps": 1e-4},
+}
+
+
 def v3(**changes: Any) -> PreTrainedModel:
     return _random(DeepseekV3ForCausalLM(DeepseekV3Config(**{**V3_SIZES, **changes})))
 
@@ -91,18 +142,24 @@ def v32(**changes: Any) -> PreTrainedModel:
     return _random(DeepseekV32ForCausalLM(DeepseekV32Config(**{**V32_SIZES, **changes})))
 
 
+def v4(**changes: Any) -> PreTrainedModel:
+    return _random(DeepseekV4ForCausalLM(DeepseekV4Config(**{**V4_SIZES, **changes})))
+
+
 def _random(model: PreTrainedModel) -> PreTrainedModel:
     """Every weight and bias matters."""
     model = model.eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
-                weight.copy_(torch.randn_like(weight) * 0.2 + (0.0 if "bias" in name else 1.0))
+                weight.copy_(torch.randn_like(weight) * 0.2 + (1.0 if "norm" in name and "bias" not in name else 0.0))
             else:
                 weight.copy_(torch.randn_like(weight) * 1.5 * weight.shape[-1] ** -0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
+            if name.endswith("tid2eid"):
+                buffer.copy_(torch.rand(len(buffer), model.config.n_routed_experts).argsort(-1)[:, : buffer.shape[1]])
     return model
 
 

@@ -22,7 +22,7 @@ def test_logits_tokens_and_gradients(shape: str, tmp_path: Path) -> None:
     reference = v3(**V3_SHAPES[shape])
     reference.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    ids = torch.randint(0, model.vocab, (2, 33))
+    ids = torch.randint(0, model.config.vocab, (2, 33))
     want, got = reference(ids).logits, model(ids)
     assert got.dtype == torch.float32
     assert relative(got, want) < 1e-5
