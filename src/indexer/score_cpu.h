@@ -49,6 +49,19 @@ void weigh(const A* scores, const A* weights, std::int64_t heads, std::int64_t n
   std::copy_n(sum, n, out);
 }
 
+/// The range that holds all keys of `block` that some of the queries see; empty at its end when there is none.
+template <class Source>
+KeyRange seen_keys(const Source& source, std::int64_t query, std::int64_t query_end, const KeyRange& block) {
+  KeyRange seen{block.end, block.begin};
+  for (; query < query_end; ++query) {
+    const KeyRange range = source.range(query);
+    const std::int64_t begin = std::max(block.begin, range.begin), end = std::min(block.end, range.end);
+    if (begin >= end) continue;
+    seen = {std::min(seen.begin, begin), std::max(seen.end, end)};
+  }
+  return seen.begin < seen.end ? seen : KeyRange{block.end, block.end};
+}
+
 /// Writes the logits of queries [query, query_end) for keys [key, key_end). The source says what they are:
 ///
 ///   heads, d, q_dtype, k_dtype
@@ -62,15 +75,7 @@ void score_block(const Source& source, std::int64_t query, std::int64_t query_en
                  std::int64_t key_end) {
   constexpr A kHidden = -std::numeric_limits<A>::infinity();
   const std::int64_t heads = source.heads, d = source.d, rows = (query_end - query) * heads;
-  std::int64_t first = key_end, last = key;
-  for (std::int64_t i = query; i < query_end; ++i) {
-    const KeyRange range = source.range(i);
-    const std::int64_t begin = std::max(key, range.begin), end = std::min(key_end, range.end);
-    if (begin >= end) continue;
-    first = std::min(first, begin);
-    last = std::max(last, end);
-  }
-  if (first >= last) last = key_end;  // nothing to see: first is key_end, too
+  auto [first, last] = seen_keys(source, query, query_end, {key, key_end});
   for (std::int64_t i = query; i < query_end; ++i) {
     A* const logits = source.logits(i);
     std::fill(logits + key, logits + first, kHidden);
