@@ -3,12 +3,14 @@
 
 // Everything: the vocabulary, then one header per family of operators.
 #include "dsm/attention.h"
+#include "dsm/block_scales.h"
 #include "dsm/dtype.h"
 #include "dsm/error.h"
 #include "dsm/launch.h"
 #include "dsm/moe.h"
 #include "dsm/norm_rope.h"
 #include "dsm/parallel.h"
+#include "dsm/quant_linear.h"
 #include "dsm/registry.h"
 #include "dsm/tensor_view.h"
 #include "dsm/version.h"

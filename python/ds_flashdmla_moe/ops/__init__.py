@@ -10,6 +10,7 @@ from .attention import (
 )
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import rms_norm, rope, rope_frequencies
+from .quant_linear import fp4_linear, fp8_linear
 
 __all__ = [
     "flash_attn",
@@ -17,6 +18,8 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
+    "fp4_linear",
+    "fp8_linear",
     "grouped_gemm",
     "moe_combine",
     "moe_ffn",
