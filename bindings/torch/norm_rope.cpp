@@ -61,6 +61,68 @@ Tensor rope_frequencies(std::int64_t d_rope, double base, double factor, double 
   return inv_freq;
 }
 
+std::tuple<Tensor, Tensor> v4_q_norm_rope(const Tensor& q, const Tensor& positions, const Tensor& inv_freq,
+                                          double eps) {
+  Tensor y = empty_like(q);
+  Tensor rstd = empty(q, {q.size(0), q.size(1)}, accumulator_dtype(q));
+  Call call(q);
+  dsm::v4_q_norm_rope({.q = view(q),
+                       .positions = view(positions),
+                       .inv_freq = view(inv_freq),
+                       .eps = eps,
+                       .y = view(y),
+                       .rstd = view(rstd)},
+                      call.launch());
+  return {y, rstd};
+}
+
+Tensor v4_q_norm_rope_backward(const Tensor& dy, const Tensor& q, const Tensor& positions, const Tensor& inv_freq,
+                               const Tensor& rstd) {
+  Tensor dq = empty_like(q);
+  Call call(q);
+  dsm::v4_q_norm_rope_backward({.dy = view(dy),
+                                .q = view(q),
+                                .positions = view(positions),
+                                .inv_freq = view(inv_freq),
+                                .rstd = view(rstd),
+                                .dq = view(dq)},
+                               call.launch());
+  return dq;
+}
+
+Tensor v4_output_projection(const Tensor& o, const Tensor& positions, const Tensor& inv_freq, const Tensor& wo_a,
+                            std::int64_t groups) {
+  Tensor z = empty(o, {o.size(0), wo_a.size(0)}, o.scalar_type());
+  Call call(o);
+  dsm::v4_output_projection({.o = view(o),
+                             .positions = view(positions),
+                             .inv_freq = view(inv_freq),
+                             .wo_a = view(wo_a),
+                             .groups = groups,
+                             .z = view(z)},
+                            call.launch());
+  return z;
+}
+
+std::tuple<Tensor, Tensor> v4_output_projection_backward(const Tensor& dz, const Tensor& o, const Tensor& positions,
+                                                         const Tensor& inv_freq, const Tensor& wo_a,
+                                                         std::int64_t groups, bool need_do, bool need_dwo_a) {
+  // As for rms_norm_backward: what is not wanted is empty.
+  Tensor d_o = need_do ? empty_like(o) : empty(o, {0}, o.scalar_type());
+  Tensor dwo_a = need_dwo_a ? empty_like(wo_a) : empty(wo_a, {0}, wo_a.scalar_type());
+  Call call(o);
+  dsm::v4_output_projection_backward({.dz = view(dz),
+                                      .o = view(o),
+                                      .positions = view(positions),
+                                      .inv_freq = view(inv_freq),
+                                      .wo_a = view(wo_a),
+                                      .groups = groups,
+                                      .d_o = need_do ? view(d_o) : TensorView(),
+                                      .dwo_a = need_dwo_a ? view(dwo_a) : TensorView()},
+                                     call.launch());
+  return {d_o, dwo_a};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
@@ -70,12 +132,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   m.def(
       "rope_frequencies(int d_rope, float base, float factor, float original_length, float beta_fast, float beta_slow) "
       "-> Tensor");
+  m.def("v4_q_norm_rope(Tensor q, Tensor positions, Tensor inv_freq, float eps) -> (Tensor y, Tensor rstd)");
+  m.def("v4_q_norm_rope_backward(Tensor dy, Tensor q, Tensor positions, Tensor inv_freq, Tensor rstd) -> Tensor");
+  m.def("v4_output_projection(Tensor o, Tensor positions, Tensor inv_freq, Tensor wo_a, int groups) -> Tensor");
+  m.def(
+      "v4_output_projection_backward(Tensor dz, Tensor o, Tensor positions, Tensor inv_freq, Tensor wo_a, int groups, "
+      "bool need_do, bool need_dwo_a) -> (Tensor d_o, Tensor dwo_a)");
 }
 
-#define DSM_IMPLEMENT(library)                                      \
-  library.impl("rms_norm", TORCH_BOX(&rms_norm));                   \
-  library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward)); \
-  library.impl("rope", TORCH_BOX(&rope));
+#define DSM_IMPLEMENT(library)                                                  \
+  library.impl("rms_norm", TORCH_BOX(&rms_norm));                               \
+  library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));             \
+  library.impl("rope", TORCH_BOX(&rope));                                       \
+  library.impl("v4_q_norm_rope", TORCH_BOX(&v4_q_norm_rope));                   \
+  library.impl("v4_q_norm_rope_backward", TORCH_BOX(&v4_q_norm_rope_backward)); \
+  library.impl("v4_output_projection", TORCH_BOX(&v4_output_projection));       \
+  library.impl("v4_output_projection_backward", TORCH_BOX(&v4_output_projection_backward));
 
 STABLE_TORCH_LIBRARY_IMPL(dsm, CPU, m){DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CUDA, m){
     DSM_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(dsm, CompositeExplicitAutograd, m) {

@@ -41,7 +41,8 @@ struct RmsNormBackwardArgs {
 DSM_API void rms_norm_backward(const RmsNormBackwardArgs& args, const Launch& launch = {});
 DSM_API std::size_t rms_norm_backward_workspace(const RmsNormBackwardArgs& args);
 
-/// Rotary position embedding of the last d_rope = 2 · pairs dimensions of each head; the others are copied:
+/// Rotary position embedding of the last d_rope = 2 · pairs dimensions of each head; the others are copied (to rotate
+/// others, pass a view of them as x and y):
 ///
 ///   angle = float(position) · inv_freq[i],   (a, b) → (a · cos − b · sin, a · sin + b · cos)
 ///
@@ -72,5 +73,73 @@ struct RopeFrequenciesArgs {
   TensorView inv_freq;            ///< out [d_rope / 2] float32 on the CPU
 };
 DSM_API void rope_frequencies(const RopeFrequenciesArgs& args);
+
+/// The scale of attention scores that goes with YaRN in DeepSeek-V3 and V3.2: m² / sqrt(d_qk) with
+/// m = 0.1 · mscale · ln(factor) + 1, for factor 1 just 1 / sqrt(d_qk). DeepSeek-V4 has no such correction. d_qk is the
+/// width of a query before any absorption (192 in V3), > 0; factor >= 1.
+/// Source: Peng et al. 2023 (arXiv 2309.00071); DeepSeek-V3 reference code.
+DSM_API double yarn_softmax_scale(std::int64_t d_qk, double factor, double mscale = 1);
+
+/// DeepSeek-V4's last step towards a query: each head is normalised without a weight, then its last d_rope = 2 · pairs
+/// dimensions are rotated, interleaved, as in rope:
+///
+///   rstd = 1 / sqrt(mean(q²) + eps),   y = rope(q · rstd)
+///
+/// computed in float32 (float64 for float64 tensors) from end to end and rounded once. DeepSeek's reference code
+/// instead rounds the squares, their mean, rstd and q · rstd to bfloat16 on the way; production kernels do as here. The
+/// two differ by one or two units of bfloat16's last place. Source: DeepSeek-V4 reference code; vLLM's fused kernel.
+struct V4QNormRopeArgs {
+  TensorView q;          ///< [tokens, heads, d] float64|float32|float16|bfloat16, heads any distance apart
+  TensorView positions;  ///< [tokens] int64
+  TensorView inv_freq;   ///< [pairs] float32, radians per position; 2 · pairs <= d
+  double eps = 1e-6;     ///< added to the mean square, >= 0
+  TensorView y;          ///< out [tokens, heads, d] q's dtype, contiguous
+  TensorView rstd;       ///< out [tokens, heads] float32 (float64 for float64 q), for the backward pass
+};
+DSM_API void v4_q_norm_rope(const V4QNormRopeArgs& args, const Launch& launch = {});
+
+/// Gradient of v4_q_norm_rope. With g = the inverse rotation of dy: dq = rstd · (g − q · rstd² · Σ(g · q) / d).
+struct V4QNormRopeBackwardArgs {
+  TensorView dy;  ///< [tokens, heads, d] q's dtype, heads any distance apart
+  TensorView q;   ///< as in the forward call, like positions and inv_freq
+  TensorView positions;
+  TensorView inv_freq;
+  TensorView rstd;  ///< [tokens, heads] as returned by the forward call
+  TensorView dq;    ///< out [tokens, heads, d] q's dtype, contiguous
+};
+DSM_API void v4_q_norm_rope_backward(const V4QNormRopeBackwardArgs& args, const Launch& launch = {});
+
+/// The first half of DeepSeek-V4's output projection. The values that attention averages carry a rotation by their
+/// positions; turning the result back by the query's leaves relative positions. Heads are then projected in groups of
+/// neighbours, a block-diagonal matrix:
+///
+///   r = rope(o) with inverse and interleaved, rounded to o's dtype
+///   z[t, g · rank + i] = Σ_j r[t, heads of group g, flattened][j] · wo_a[g · rank + i, j]
+///
+/// accumulated in float32 (float64 for float64 tensors) and rounded once. The model's second half, wo_b, is a linear
+/// layer of its own. Source: DeepSeek-V4 reference code.
+struct V4OutputProjectionArgs {
+  TensorView o;          ///< [tokens, heads, d] float64|float32|float16|bfloat16, heads any distance apart
+  TensorView positions;  ///< [tokens] int64, of the queries
+  TensorView inv_freq;   ///< [pairs] float32, radians per position; 2 · pairs <= d
+  TensorView wo_a;       ///< [groups · rank, heads / groups · d] o's dtype
+  std::int64_t groups;   ///< >= 1; divides heads and wo_a's rows
+  TensorView z;          ///< out [tokens, groups · rank] o's dtype, contiguous
+};
+DSM_API void v4_output_projection(const V4OutputProjectionArgs& args, const Launch& launch = {});
+
+/// Gradients of v4_output_projection, those that are wanted; the rounding between its two steps counts as none. Sums
+/// over tokens are taken in a fixed order.
+struct V4OutputProjectionBackwardArgs {
+  TensorView dz;  ///< [tokens, groups · rank] o's dtype, rows any distance apart
+  TensorView o;   ///< as in the forward call, like all that follow up to groups
+  TensorView positions;
+  TensorView inv_freq;
+  TensorView wo_a;
+  std::int64_t groups;
+  TensorView d_o;    ///< out [tokens, heads, d] o's dtype, contiguous; absent: not wanted
+  TensorView dwo_a;  ///< out, as wo_a; absent: not wanted
+};
+DSM_API void v4_output_projection_backward(const V4OutputProjectionBackwardArgs& args, const Launch& launch = {});
 
 }  // namespace dsm

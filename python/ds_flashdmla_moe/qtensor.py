@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["FP8Tensor", "MXFP4Tensor", "NVFP4Tensor", "QTensor"]
@@ -87,14 +88,19 @@ class _FP4(_Quantized):
 
     def _groups(self, wide: torch.dtype) -> Tensor:
         """``code * scale`` as ``[..., K / group, group]``; exact."""
-        table = torch.tensor(_E2M1, dtype=wide, device=self.device)
-        codes = torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(-2).int()
-        values = table[codes].view(*self.scales.shape, self._group)
-        return values * self.scales.to(wide).unsqueeze(-1)
+        codes = torch.tensor(_E2M1, dtype=wide, device=self.device)
+        pairs = torch.stack((codes.repeat(16), codes.repeat_interleave(16)), -1)  # the values of each byte
+        values = F.embedding(self.packed.int(), pairs).view(*self.scales.shape, self._group)
+        return values.mul_(self.scales.to(wide).unsqueeze(-1))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _repeated(scales: Tensor, block: int, dim: int, size: int) -> Tensor:
+    """The scale of each of ``size`` elements."""
+    return scales.repeat_interleave(min(block, size), dim).narrow(dim, 0, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +135,7 @@ class NVFP4Tensor(_FP4):
     def from_compressed_tensors(cls, packed: Tensor, scales: Tensor, weight_global_scale: Tensor) -> NVFP4Tensor:
         """From a checkpoint of compressed-tensors, whose global scale is the one to divide by.
 
-        The reciprocal is taken in float64 and rounded to float32: at most half a unit in the last place from the
-        division.
+        The result's ``global_scale`` is its reciprocal, rounded to nearest.
         """
         if not isinstance(weight_global_scale, Tensor) or weight_global_scale.dtype != torch.float32:
             raise ValueError("NVFP4Tensor: weight_global_scale must be a tensor of float32")
@@ -158,7 +163,7 @@ class NVFP4Tensor(_FP4):
         """``(code * scale) * global_scale``: the first product is exact, the second rounded to float32 (exact in
         float64 for float64), then to ``dtype``."""
         wide = _wide(dtype)
-        return (self._groups(wide) * self.row_scales[..., None, None].to(wide)).flatten(-2).to(dtype)
+        return self._groups(wide).mul_(self.row_scales[..., None, None].to(wide)).flatten(-2).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,10 +229,10 @@ class FP8Tensor(_Quantized):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``code * scale`` rounded to float32 (exact for powers of two, and in float64), then to ``dtype``."""
         wide, (rows, columns) = _wide(dtype), self.block
-        scales = self.scales.to(wide).repeat_interleave(columns, -1)[..., : self.shape[-1]]
+        scales = _repeated(self.scales.to(wide), columns, -1, self.shape[-1])
         if rows > 1:
-            scales = scales.repeat_interleave(rows, -2)[..., : self.shape[-2], :]
-        return (self.data.to(wide) * scales).to(dtype)
+            scales = _repeated(scales, rows, -2, self.shape[-2])
+        return self.data.to(wide).mul_(scales).to(dtype)
 
 
 QTensor = NVFP4Tensor | MXFP4Tensor | FP8Tensor

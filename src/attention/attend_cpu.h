@@ -16,21 +16,25 @@
 // themselves.
 namespace dsm::attention {
 
-/// One query head with its keys and values. Row i of q is query i.
+/// One key head with the query rows that use it. Row i of q is query i; with `heads` > 1, head i % heads of query
+/// i / heads, so that all the heads of a group make one product.
 struct Head {
-  cpu::Matrix q;  ///< [s_q, d_qk]
+  cpu::Matrix q;  ///< [s_q * heads, d_qk]
   cpu::Matrix k;  ///< [s_kv, d_qk]
   cpu::Matrix v;  ///< [s_kv, d_v]
   std::int64_t s_q, s_kv, d_qk, d_v;
   double softmax_scale;
   bool causal;
+  std::int64_t heads = 1;
 
-  /// Number of keys that query i sees; they are the first ones.
+  /// Number of keys that row i sees; they are the first ones.
   std::int64_t visible(std::int64_t i) const {
-    return causal ? std::clamp<std::int64_t>(i + 1 + s_kv - s_q, 0, s_kv) : s_kv;
+    return causal ? std::clamp<std::int64_t>(i / heads + 1 + s_kv - s_q, 0, s_kv) : s_kv;
   }
-  /// The first query that sees key j; all later ones do, too.
-  std::int64_t first_query(std::int64_t j) const { return causal ? std::max<std::int64_t>(j + s_q - s_kv, 0) : 0; }
+  /// The first row that sees key j; all later ones do, too.
+  std::int64_t first_query(std::int64_t j) const {
+    return causal ? std::max<std::int64_t>(j + s_q - s_kv, 0) * heads : 0;
+  }
 };
 
 /// Grain of a parallel_for over units (a head, or a block of its queries) of `work` multiply-adds in all: fewer units
@@ -44,7 +48,7 @@ inline std::int64_t head_grain(std::int64_t units, std::int64_t work) {
 /// Queries for one attend() call: enough to reuse the keys that it reads, few enough for its tiles to stay in cache.
 inline constexpr std::int64_t kQueryBlock = 64;
 
-/// Outputs and log-sum-exps of queries [begin, end), which must not be empty: out [end - begin, d_v] without gaps, lse
+/// Outputs and log-sum-exps of rows [begin, end), which must not be empty: out [end - begin, d_v] without gaps, lse
 /// [end - begin].
 template <class A>
 void attend(const Head& head, std::int64_t begin, std::int64_t end, A* out, A* lse);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -15,16 +16,22 @@ namespace {
 
 thread_local bool inside_parallel_for = false;
 
-/// One loop whose ranges the threads take until none is left.
+/// One loop whose ranges the threads take until none is left, or until a body throws.
 struct Loop {
   std::atomic<std::int64_t> next;
   std::int64_t end, step;
   void (*body)(void*, std::int64_t, std::int64_t);
   void* context;
+  std::atomic<bool> failed = false;
+  std::exception_ptr failure = nullptr;  ///< the first; read when all threads are done
 
   void take_ranges() {
     inside_parallel_for = true;
-    for (std::int64_t b; (b = next.fetch_add(step)) < end;) body(context, b, std::min(b + step, end));
+    try {
+      for (std::int64_t b; !failed && (b = next.fetch_add(step)) < end;) body(context, b, std::min(b + step, end));
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
     inside_parallel_for = false;
   }
 };
@@ -127,8 +134,11 @@ void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
   // About eight ranges a thread: coarse enough to be cheap, fine enough to level uneven work such as causal rows.
   const std::int64_t even = (end - begin + 8 * threads - 1) / (8 * threads);
   Loop loop{begin, end, std::max(grain, even), body, context};
-  if (!host.count) return own_pool().run(loop);
-  host.run(threads, [](void* shared) { static_cast<Loop*>(shared)->take_ranges(); }, &loop);
+  if (host.count)
+    host.run(threads, [](void* shared) { static_cast<Loop*>(shared)->take_ranges(); }, &loop);
+  else
+    own_pool().run(loop);
+  if (loop.failure) std::rethrow_exception(loop.failure);
 }
 
 }  // namespace detail

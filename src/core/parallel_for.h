@@ -15,8 +15,9 @@ void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
 int num_threads();
 
 /// Calls `body(b, e)` over disjoint ranges that cover [begin, end) on the CPU threads; a range is cut no finer than
-/// `grain`. The body must not throw, and must write each output from one range only: then the bits do not depend on
-/// the number of threads. A nested call runs in the calling thread.
+/// `grain`. The body must write each output from one range only: then the bits do not depend on the number of threads.
+/// What a body throws (std::bad_alloc, say) is thrown again here, once every thread has stopped; of several the first.
+/// A nested call runs in the calling thread.
 template <class Body>
 void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, Body&& body) {
   using Plain = std::remove_reference_t<Body>;

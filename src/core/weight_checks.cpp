@@ -81,8 +81,9 @@ void check_weight(const Check& check, const char* argument, const TensorView& we
     check.that(k % block_columns == 0, argument,
                "of rows that are whole groups of " + std::to_string(block_columns) + " elements", k);
   expected = weight.shape;
-  expected[rank - 2] = (weight.size(-2) - 1) / block_rows + (weight.size(-2) > 0);
-  expected[rank - 1] = (k - 1) / block_columns + (k > 0);
+  const auto blocks = [](std::int64_t extent, std::int64_t block) { return extent / block + (extent % block != 0); };
+  expected[rank - 2] = blocks(weight.size(-2), block_rows);
+  expected[rank - 1] = blocks(k, block_columns);
   check.that(has_shape(scale, expected, rank) && scale.contiguous(), scale_name.c_str(),
              text_of(expected, rank) + " and contiguous", describe(scale));
   if (fp4 && block_columns == 16)

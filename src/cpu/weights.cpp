@@ -8,6 +8,7 @@
 #include "src/core/weight_checks.h"
 #include "src/cpu/convert.h"
 #include "src/cpu/kernels.h"
+#include "src/cpu/quantize_group.h"
 #include "src/cpu/tiles.h"
 #include "src/cpu/visit_dtype.h"
 #include "src/numerics/e8m0.h"
@@ -128,11 +129,7 @@ template <class A>
 void round_to_fp8(A* x, Index n) {
   for (Index begin = 0; begin < n; begin += kFp8Group) {
     const Index end = std::min(n, begin + kFp8Group);
-    // As integers, magnitudes order like the numbers, with infinity and then NaN above all others.
-    std::int32_t largest = 0;
-    for (Index i = begin; i < end; ++i)
-      largest = std::max(largest, static_cast<std::int32_t>(bits_of(static_cast<float>(x[i])) & 0x7fffffff));
-    const A scale = to_float(e4m3_block_scale(__builtin_bit_cast(float, largest))), reciprocal = 1 / scale;
+    const A scale = to_float(e4m3_block_scale(largest_magnitude(x + begin, end - begin))), reciprocal = 1 / scale;
     for (Index i = begin; i < end; ++i) x[i] = to_float(to_e4m3_saturating(x[i] * reciprocal)) * scale;
   }
 }

@@ -81,8 +81,8 @@ struct Rotation {
 template <class T>
 DSM_HD_INLINE Rotation<T> rope_rotation(float angle) {
   if constexpr (std::is_same_v<T, float>) {
-    const SinCos<float> rounded = sincos_rounded(angle);
-    return {rounded.cos, rounded.sin};
+    const SinCos<float> both = sincos(angle);
+    return {both.cos, both.sin};
   } else {
     return {std::cos(static_cast<T>(angle)), std::sin(static_cast<T>(angle))};
   }

@@ -13,40 +13,39 @@ struct SinCos {
   T sin, cos;
 };
 
-/// Largest angle of sincos_near.
-inline constexpr float kSincosNear = 0x1p27f;
+/// Largest angle of sincos_near: that of position 2^20 at frequency 1.
+inline constexpr float kSincosNear = 0x1p20f;
 
-/// sincos_rounded for angles up to kSincosNear in size, without a branch.
+/// dsm::sincos for angles up to kSincosNear in size, without a branch.
 DSM_HD_INLINE SinCos<float> sincos_near(float angle) {
-  // π/2 in three parts. The first two have 26 bits: their products with quarters up to 2^27 are exact, and so are the
-  // differences, hence the same with and without fused multiply-add.
-  constexpr double kHigh = 0x1.921fb5p+0, kMiddle = 0x1.110b46p-26, kLow = 0x1.1a62633145c07p-54;
-  constexpr double kTwoOverPi = 0x1.45f306dc9c883p-1;
-  const double x = angle;
-  constexpr double kRounder = 0x1.8p52;  // leaves the nearest integer in the low bits of a sum
-  const double sum = rounded_product(x, kTwoOverPi) + kRounder, quarters = sum - kRounder;
-  const double r = ((x - quarters * kHigh) - quarters * kMiddle) - quarters * kLow;
-  const double z = r * r;
-  constexpr double kSine[] = {-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800};
-  constexpr double kCosine[] = {-1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600};
-  const double sine = r + r * z * (kSine[0] + z * (kSine[1] + z * (kSine[2] + z * (kSine[3] + z * kSine[4]))));
-  const double cosine =
-      1 + z * (kCosine[0] + z * (kCosine[1] + z * (kCosine[2] + z * (kCosine[3] + z * (kCosine[4] + z * kCosine[5])))));
+  // π/2 in three parts of 24 bits. After the first product the difference is exact: it is below 1 and a multiple of the
+  // last place of either operand.
+  constexpr float kHigh = 0x1.921fb6p+0f, kMiddle = -0x1.777a5cp-25f, kLow = -0x1.ee59dap-50f;
+  constexpr float kTwoOverPi = 0x1.45f306p-1f;
+  constexpr float kRounder = 0x1.8p23f;  // leaves the nearest integer in the low bits of a sum
+  const float sum = fused(angle, kTwoOverPi, kRounder), quarters = sum - kRounder;
+  const float r = fused(-quarters, kLow, fused(-quarters, kMiddle, fused(-quarters, kHigh, angle)));
+  const float z = rounded_product(r, r);
+  // Minimax polynomials for |r| <= 0.8175, a little more than π/4: `quarters` is the nearest integer but for 2^-5.
+  const float sine_tail = fused(z, fused(z, -0x1.98bed8p-13f, 0x1.1105b4p-7f), -0x1.555542p-3f);
+  const float sine = fused(rounded_product(r, z), sine_tail, r);
+  const float cosine_tail = fused(z, fused(z, 0x1.99813ep-16f, -0x1.6c0ac8p-10f), 0x1.555548p-5f);
+  const float cosine = fused(z, fused(z, cosine_tail, -0.5f), 1.0f);
 
-  const auto quadrant = static_cast<unsigned>(__builtin_bit_cast(std::uint64_t, sum));  // and multiples of 4
-  const float s = static_cast<float>(quadrant & 1 ? cosine : sine);
-  const float c = static_cast<float>(quadrant & 1 ? sine : cosine);
-  return {quadrant & 2 ? -s : s, (quadrant + 1) & 2 ? -c : c};
+  const std::uint32_t quadrant = __builtin_bit_cast(std::uint32_t, sum);  // and multiples of 4
+  const std::uint32_t s = __builtin_bit_cast(std::uint32_t, quadrant & 1 ? cosine : sine);
+  const std::uint32_t c = __builtin_bit_cast(std::uint32_t, quadrant & 1 ? sine : cosine);
+  return {__builtin_bit_cast(float, s ^ (quadrant << 30 & 0x80000000u)),
+          __builtin_bit_cast(float, c ^ ((quadrant + 1) << 30 & 0x80000000u))};
 }
 
-/// Sine and cosine of any float, rounded to float: the result differs from the correctly rounded one only where the
-/// true value lies within 2^-12 units of the last place of a tie. Host and device give the same bits, but for about one
-/// value in 10^8, where fused multiply-add moves the double result across a tie.
+/// Sine and cosine of any float, within 1.6 units in the last place. Host and device give the same bits, but for about
+/// one value in 10^7, where a sum formed in double is rounded twice.
 ///
-/// float implementations differ from one library to the next, most of all far from zero; double ones agree after
-/// rounding but cost several times as much, above all on GPUs. This is double arithmetic with as many terms as a float
-/// needs: the angle is reduced by the nearest multiple of π/2 and put into Taylor's series on [-π/4, π/4].
-DSM_HD_INLINE SinCos<float> sincos_rounded(float angle) {
+/// float library functions differ from one library to the next, most of all far from zero, and double arithmetic would
+/// bind the GPU kernels that need an angle for every pair of elements. So the angle is reduced by the nearest multiple
+/// of π/2 in float, with fused operations that lose nothing, and put into polynomials.
+DSM_HD_INLINE SinCos<float> sincos(float angle) {
   if (std::fabs(angle) <= kSincosNear) return sincos_near(angle);
   const double x = angle;
   return {static_cast<float>(std::sin(x)), static_cast<float>(std::cos(x))};

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import attention, moe, norm_rope
+from . import attention, hyper_connection, indexer, kv_cache, mla, moe, norm_rope, quant, sparse_mla
 from .case import Case, Draw, Sizes, Trial, Work
 
 __all__ = ["CASES", "Case", "Draw", "Sizes", "Trial", "Work", "cases_of"]
 
-CASES: tuple[Case, ...] = (*attention.CASES, *moe.CASES, *norm_rope.CASES)
+_FAMILIES = (attention, mla, sparse_mla, kv_cache, indexer, hyper_connection, moe, norm_rope, quant)
+CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.CASES)
 
 
 def cases_of(operators: Iterable[str]) -> list[Case]:

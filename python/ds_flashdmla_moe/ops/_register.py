@@ -29,3 +29,12 @@ def no_double_backward(name: str) -> None:
         raise NotImplementedError(f"dsm.{name} has no second derivative; use create_graph=False")
 
     torch.library.register_autograd(f"dsm::{name}", refuse)
+
+
+def no_gradient(name: str) -> None:
+    """Gives an operator of inference a clear refusal where differentiating it would silently give no gradient."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"dsm.{name} has no gradient; detach its inputs")
+
+    torch.library.register_autograd(f"dsm::{name}", refuse)

@@ -5,6 +5,7 @@
 
 #include "src/core/checks.h"
 #include "src/core/registry.h"
+#include "src/norm_rope/rotation_checks.h"
 #include "src/numerics/rope.h"
 
 namespace dsm {
@@ -23,16 +24,11 @@ const Operator<RopeArgs> forward("norm_rope", "rope",
 
 void check_args(const RopeArgs& a) {
   const Check check("rope");
-  check.tensor("x", a.x, "[tokens, heads, d]", {Check::kAny, Check::kAny, Check::kAny}, kFloating);
+  check_rotated(check, "x", a.x, a.positions, a.inv_freq);
   const std::int64_t tokens = a.x.size(0), heads = a.x.size(1), d = a.x.size(2);
-  check.unit_last_stride("x", a.x);
-  check.contiguous("positions", a.positions, "[tokens]", {tokens}, {DType::int64});
-  check.contiguous("inv_freq", a.inv_freq, "[d_rope / 2]", {Check::kAny}, {DType::float32});
-  check.that(2 * a.inv_freq.size(0) <= d, "inv_freq", "at most d / 2 = " + std::to_string(d / 2) + " long",
-             a.inv_freq.size(0));
   check.tensor("y", a.y, "[tokens, heads, d]", {tokens, heads, d}, {a.x.dtype});
   check.unit_last_stride("y", a.y);
-  check.on_device(a.x.device, {{"positions", a.positions}, {"inv_freq", a.inv_freq}, {"y", a.y}});
+  check.on_device(a.x.device, {{"y", a.y}});
 }
 
 }  // namespace
@@ -60,6 +56,15 @@ void rope_frequencies(const RopeFrequenciesArgs& args) {
   const RopeFrequencies frequency(2 * pairs, args.base,
                                   {args.factor, args.original_length, args.beta_fast, args.beta_slow});
   for (int i = 0; i < pairs; ++i) args.inv_freq.as<float>()[i] = frequency(i);
+}
+
+double yarn_softmax_scale(std::int64_t d_qk, double factor, double mscale) {
+  const Check check("yarn_softmax_scale");
+  check.that(d_qk > 0, "d_qk", "greater than 0", d_qk);
+  check.that(factor >= 1 && std::isfinite(factor), "factor", "a number of at least 1", std::to_string(factor));
+  check.that(std::isfinite(mscale), "mscale", "a number", std::to_string(mscale));
+  const double m = yarn_mscale(factor, mscale);
+  return std::pow(static_cast<double>(d_qk), -0.5) * m * m;
 }
 
 }  // namespace dsm

@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -117,6 +118,26 @@ TEST_F(ParallelFor, ConcurrentCallersEachGetTheirOwnLoop) {
   EXPECT_EQ(total, 4 * 200 * 50);
 }
 
+TEST_F(ParallelFor, ThrowsWhatABodyThrowsOnceAllHaveStopped) {
+  for (int threads : {1, 2, 4}) {
+    set_num_threads(threads);
+    std::atomic<int> running = 0;
+    const auto loop = [&] {
+      parallel_for(0, 1000, 1, [&](std::int64_t, std::int64_t e) {
+        ++running;
+        if (e > 300) {
+          --running;
+          throw std::bad_alloc();
+        }
+        --running;
+      });
+    };
+    EXPECT_THROW(loop(), std::bad_alloc);
+    EXPECT_EQ(running, 0);
+    expect_exact_cover(0, 100, ranges_of(0, 100, 1));  // and the pool works on
+  }
+}
+
 // A host program's pool of which each call really runs on a thread of its own.
 std::atomic<int> host_threads, host_runs;
 int count_host_threads() { return host_threads; }
@@ -138,6 +159,8 @@ TEST_F(ParallelFor, RunsOnTheHostProgramsThreads) {
   host_runs = 0;
   EXPECT_EQ(ranges_of(0, 8, 8).size(), 1u);
   EXPECT_EQ(host_runs, 0) << "one range needs no other thread";
+  host_threads = 3;
+  EXPECT_THROW(parallel_for(0, 1000, 1, [](std::int64_t, std::int64_t) { throw std::bad_alloc(); }), std::bad_alloc);
 }
 
 }  // namespace

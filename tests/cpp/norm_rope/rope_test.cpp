@@ -63,6 +63,16 @@ TEST_F(Rope, InPlace) {
   EXPECT_EQ(x, y);
 }
 
+TEST_F(Rope, FirstDimensionsInPlaceThroughAView) {
+  RopeArgs a = args();
+  a.x.shape[2] = 4;
+  a.y = a.x;
+  a.interleaved = false;
+  rope(a);
+  const std::vector<double> expected{-2, (1 - 3) / std::sqrt(2.0), 9, (1 + 3) / std::sqrt(2.0), 4};
+  for (std::size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(x[i], expected[i], 1e-6) << "element " << i;
+}
+
 TEST_F(Rope, RefusesMoreFrequenciesThanPairs) {
   std::vector<float> three(3);
   RopeArgs a = args();
@@ -79,6 +89,15 @@ TEST(RopeFrequencies, YarnDividesSlowPairsAndKeepsFastOnes) {
   for (int i = 0; i <= 10; ++i) EXPECT_EQ(stretched[i], plain[i]) << i;
   for (int i = 11; i < 23; ++i) EXPECT_TRUE(plain[i] / 40 < stretched[i] && stretched[i] < plain[i]) << i;
   for (int i = 23; i < 32; ++i) EXPECT_EQ(stretched[i], plain[i] / 40) << i;
+}
+
+TEST(YarnSoftmaxScale, IsThePublishedOne) {
+  EXPECT_NEAR(std::sqrt(yarn_softmax_scale(192, 40) * std::sqrt(192.0)), 1.3689, 5e-5);  // DeepSeek-V3's m
+  EXPECT_EQ(yarn_softmax_scale(64, 1), 0.125);
+  EXPECT_EQ(yarn_softmax_scale(64, std::numbers::e, 10), 0.5);
+  EXPECT_THROW(yarn_softmax_scale(0, 40), Error);
+  EXPECT_THROW(yarn_softmax_scale(192, 0.5), Error);
+  EXPECT_THROW(yarn_softmax_scale(192, std::nan("")), Error);
 }
 
 }  // namespace

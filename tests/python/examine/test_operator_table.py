@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -34,9 +35,15 @@ def test_writes_and_then_agrees(
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "`rms_norm`, `rms_norm_backward` | ✓ |" in text
+    row = re.search(r"`rms_norm`, `rms_norm_backward` \| ✓ \| ✓ \|  \| (\S+) \\\| (\S+) \| (\S+) \\\| (\S+) \|", text)
+    assert row, text
+    assert all(0 < float(error) < 1e-2 for error in row.groups())
     monkeypatch.setattr("sys.argv", ["operator_table.py", "--check"])
     assert tool.main() == 0
+    readme.write_text(text.replace(row[1], "9.9e-09"))
+    assert tool.main() == 0, "another processor's error is no reason to complain"
+    readme.write_text(text.replace(f"{row[1]} \\|", ""))
+    assert tool.main() == 1
     readme.write_text("no marks")
     assert tool.main() == 1
 
@@ -48,7 +55,7 @@ def test_a_row_without_its_backward_says_so(tool: ModuleType, monkeypatch: pytes
     monkeypatch.setattr(
         tool, "operators", lambda: [entry("a", "sm90", "cpu"), entry("a_backward", "cpu"), entry("b", "cuda", "cpu")]
     )
-    assert tool.table().splitlines()[2:] == [
-        "| f | `a`, `a_backward` | ✓ |  | forward |",
-        "|  | `b` | ✓ | ✓ |  |",
+    assert tool.table({"a": "1.0e-07", "b": "exact"}).splitlines()[2:] == [
+        "| f | `a`, `a_backward` | ✓ |  | forward | 1.0e-07 |  |",
+        "|  | `b` | ✓ | ✓ |  | exact |  |",
     ]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from rope_truth import rotated
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
@@ -21,17 +22,6 @@ SHAPES = [
     ((0, 2, 8), 4),
     ((4, 0, 8), 4),
 ]
-
-
-def rotated(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """The formula in complex numbers: the pair (a, b) is a + ib, times exp(± i angle)."""
-    angle = (positions.float()[..., None, None] * inv_freq).double()
-    turn = torch.polar(torch.ones_like(angle), -angle if inverse else angle)
-    kept, part = x.double().tensor_split([x.shape[-1] - 2 * len(inv_freq)], dim=-1)
-    halves = part.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else part.chunk(2, dim=-1)
-    z = torch.complex(*halves) * turn
-    pairs = torch.stack((z.real, z.imag), -1 if interleaved else -2).flatten(-2)
-    return torch.cat((kept, pairs), -1)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -88,6 +78,19 @@ def test_strided_input() -> None:
     assert torch.equal(dsm.ops.rope(part, positions, inv_freq), dsm.ops.rope(part.contiguous(), positions, inv_freq))
 
 
+def test_first_dimensions_rotate_through_a_view() -> None:
+    """DeepSeek-V3.2's indexer rotates the first dimensions of its heads, half-split."""
+    x = torch.randn(7, 3, 20, dtype=torch.float64, requires_grad=True)
+    positions, inv_freq = torch.arange(7) * 1000, dsm.ops.rope_frequencies(8)
+    y = torch.cat((dsm.ops.rope(x[..., :8], positions, inv_freq, interleaved=False), x[..., 8:]), -1)
+    angle = (positions.float()[:, None] * inv_freq).double()[:, None]
+    a, b, rest = x.detach().split([4, 4, 12], dim=-1)
+    expected = (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest)
+    assert_close("y", y, torch.cat(expected, -1))
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert_close("dx", dx, 2 * x.detach())  # a rotation keeps lengths
+
+
 def test_nan_stays_in_its_pair() -> None:
     x = torch.randn(2, 2, 8)
     positions, inv_freq = torch.arange(2), dsm.ops.rope_frequencies(4)
@@ -136,6 +139,41 @@ def test_yarn_frequencies_are_the_published_ones() -> None:
     ]  # fmt: skip
     inv_freq = dsm.ops.rope_frequencies(64, 160000, factor=16, original_length=65536)
     assert torch.allclose(inv_freq.double(), torch.tensor(golden, dtype=torch.float64), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "factor", "length", "low", "high"),
+    [(10000, 40, 4096, 10, 23), (160000, 16, 65536, 15, 25)],
+    ids=["DeepSeek-V3", "DeepSeek-V4"],
+)
+def test_yarn_ramps_between_the_published_pairs(base: float, factor: float, length: float, low: int, high: int) -> None:
+    def pair_that_turns(turns: float) -> float:
+        """i with length · base^(-2i / 64) = 2π · turns"""
+        return 64 * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
+
+    assert math.floor(pair_that_turns(32)) == low
+    assert math.ceil(pair_that_turns(1)) == high
+    i = torch.arange(32, dtype=torch.float64)
+    ramp, plain = ((i - low) / (high - low)).clamp(0, 1), base ** (-2 * i / 64)
+    expected = plain * (1 - ramp) + plain / factor * ramp
+    inv_freq = dsm.ops.rope_frequencies(64, base, factor=factor, original_length=length)
+    error = float((inv_freq.double() / expected - 1).abs().max())
+    print(f"inv_freq: {error:.1e} relative")
+    assert error < 4e-7
+    kept = dsm.ops.rope_frequencies(64, base)
+    assert torch.equal(inv_freq[: low + 1], kept[: low + 1])
+    assert torch.equal(inv_freq[high:], kept[high:] / factor)
+
+
+def test_yarn_softmax_scale() -> None:
+    scale = dsm.ops.yarn_softmax_scale(192, 40)
+    assert abs(math.sqrt(scale * math.sqrt(192)) - 1.3689) < 5e-5  # DeepSeek-V3's m
+    assert abs(scale - 0.135233779) < 1e-9
+    assert dsm.ops.yarn_softmax_scale(128, 1.0) == 128**-0.5
+    assert dsm.ops.yarn_softmax_scale(64, math.e, mscale=10.0) == 0.5
+    for arguments in ((0, 40.0), (192, 0.5), (192, math.nan), (192, math.inf), (192, 40.0, math.nan)):
+        with pytest.raises(ValueError, match="yarn_softmax_scale"):
+            dsm.ops.yarn_softmax_scale(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,13 @@ def test_mxfp4_golden_bytes() -> None:
     assert torch.equal(q.dequantize()[:2].double(), wide[:2])
 
 
+def test_torchs_pair_type_is_viewed() -> None:
+    packed = u8(*IN_ORDER)
+    q = NVFP4Tensor(packed.view(torch.float4_e2m1fn_x2), u8(0x38), torch.tensor(1.0))
+    assert q.packed.dtype == torch.uint8
+    assert q.dequantize().tolist() == VALUES
+
+
 def test_fp8_golden_bytes_and_partial_blocks() -> None:
     data = u8(0x38, 0xB8, 0x7E, 0x01, 0x7F).expand(3, 5)  # 1, -1, 448, 2^-9, NaN
     scales = torch.tensor([[1, 2, 4], [8, 16, 32]], dtype=torch.float32)

@@ -1,0 +1,10 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include "dsm/mla.h"
+
+namespace dsm {
+
+void sparse_mla_decode_cpu(const SparseMlaDecodeArgs& args, const Launch& launch);
+
+}  // namespace dsm

@@ -1,0 +1,36 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#include "src/attention/sparse_mla_prefill/sparse_mla_prefill.h"
+
+#include "src/attention/sparse_mla_checks.h"
+#include "src/core/registry.h"
+
+namespace dsm {
+namespace {
+
+const Operator<SparseMlaPrefillArgs> prefill("attention", "sparse_mla_prefill",
+                                             {{"cpu", DeviceType::cpu, sparse_mla_prefill_cpu}});
+
+void check_args(const SparseMlaPrefillArgs& a) {
+  const Check check("sparse_mla_prefill");
+  attention::check_sparse_mla_inputs(check, a);
+  const std::int64_t s_q = a.q.size(0), h_q = a.q.size(1), h_kv = a.kv.size(1);
+  const DType wide = attention::statistics_dtype(a.q.dtype);
+  check.tensor("out", a.out, "[s_q, h_q, d_v]", {s_q, h_q, Check::kAny}, {a.q.dtype});
+  check.unit_last_stride("out", a.out);
+  check.that(a.out.size(2) <= a.q.size(2), "d_v", "at most d_qk = " + std::to_string(a.q.size(2)), a.out.size(2));
+  check.contiguous("max_logits", a.max_logits, "[s_q, h_q]", {s_q, h_q}, {wide});
+  check.contiguous("lse", a.lse, "[s_q, h_q]", {s_q, h_q}, {wide});
+  if (a.key_probs)
+    check.contiguous("key_probs", a.key_probs, "[s_q, h_kv, topk]", {s_q, h_kv, a.indices.size(2)}, {wide});
+  check.on_device(a.q.device, {{"max_logits", a.max_logits}, {"key_probs", a.key_probs}});
+}
+
+}  // namespace
+
+void sparse_mla_prefill(const SparseMlaPrefillArgs& args, const Launch& launch) {
+  check_args(args);
+  if (args.q.size(0) == 0) return;
+  prefill(args, args.q.device, launch);
+}
+
+}  // namespace dsm

@@ -1,0 +1,28 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#include "src/kv_cache/kv_gather/kv_gather.h"
+
+#include "src/core/kv_cache.h"
+#include "src/core/registry.h"
+
+namespace dsm {
+namespace {
+
+const Operator<KvGatherArgs> gather("kv_cache", "kv_gather", {{"cpu", DeviceType::cpu, kv_gather_cpu}});
+
+void check_args(const KvGatherArgs& a) {
+  const Check check("kv_gather");
+  check_kv_cache(check, "cache", a.cache);
+  check.contiguous("indices", a.indices, "[count]", {Check::kAny}, {DType::int32});
+  check.contiguous("out", a.out, "[count, width]", {a.indices.size(0), kv_width(a.cache)}, kFloating);
+  check.on_device(a.cache.device, {{"indices", a.indices}, {"out", a.out}});
+}
+
+}  // namespace
+
+void kv_gather(const KvGatherArgs& args, const Launch& launch) {
+  check_args(args);
+  if (args.out.numel() == 0) return;
+  gather(args, args.cache.device, launch);
+}
+
+}  // namespace dsm

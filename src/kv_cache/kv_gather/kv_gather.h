@@ -1,0 +1,10 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include "dsm/kv_cache.h"
+
+namespace dsm {
+
+void kv_gather_cpu(const KvGatherArgs& args, const Launch& launch);
+
+}  // namespace dsm
