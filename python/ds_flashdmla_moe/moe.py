@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from . import ops
 from .ops._register import accumulator_dtype
 from .ops._weights import ActivationFormat
 from .ops.moe import Scoring
+from .ops.quant_linear import linear
 from .qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor, QTensor
 
 
@@ -169,36 +169,38 @@ def moe_forward_unfused(
     rows, expert_offsets, row_of_slot, slot_of_row = ops.moe_permute(x, indices, weights.w13.shape[0])
     fp8 = activation_format == "fp8"
 
+    def multiply(rows: Tensor, matrix: Tensor | QTensor, expert_offsets: Tensor | None) -> Tensor:
+        if expert_offsets is not None:
+            return ops.grouped_gemm(rows, matrix, expert_offsets, activation_format=activation_format)
+        if isinstance(matrix, Tensor):  # the one expert of all rows
+            offsets = torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
+            return ops.grouped_gemm(rows, matrix[None], offsets, activation_format=activation_format)
+        return linear(rows, matrix, activation_format)
+
     def experts(
-        rows: Tensor, expert_offsets: Tensor, w13: Tensor | QTensor, w2: Tensor | QTensor, weight: Tensor | None
+        rows: Tensor,
+        w13: Tensor | QTensor,
+        w2: Tensor | QTensor,
+        expert_offsets: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
-        z = ops.grouped_gemm(rows, w13, expert_offsets, activation_format=activation_format)
+        z = multiply(rows, w13, expert_offsets)
         if fp8:  # the routing weight comes before the rounding
             activation = ops.swiglu(z.to(accumulator_dtype(z)), swiglu_limit)
             activation = (activation if weight is None else activation * weight).to(z.dtype)
         else:
             activation = ops.swiglu(z, swiglu_limit)
-        return ops.grouped_gemm(activation, w2, expert_offsets, activation_format=activation_format)
+        return multiply(activation, w2, expert_offsets)
 
     shared = None
     if weights.shared_w13 is not None and weights.shared_w2 is not None:
-        every_token = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
-        matrices = _as_experts(weights.shared_w13), _as_experts(weights.shared_w2)
-        shared = experts(x, every_token, *matrices, None)
+        shared = experts(x, weights.shared_w13, weights.shared_w2)
     weight_of_row = None
     if fp8:
         weight_of_row = weight_of_pair.flatten()[slot_of_row.clamp_min(0).long()] * (slot_of_row >= 0)
         weight_of_row = weight_of_row[:, None]
-    rows = experts(rows, expert_offsets, weights.w13, weights.w2, weight_of_row)
+    rows = experts(rows, weights.w13, weights.w2, expert_offsets, weight_of_row)
     return ops.moe_combine(rows, row_of_slot, None if fp8 else weight_of_pair, shared).view(X.shape)
-
-
-def _as_experts(weight: Tensor | QTensor) -> Tensor | QTensor:
-    """[n, k] as [1, n, k]."""
-    if isinstance(weight, Tensor):
-        return weight[None]
-    fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
-    return type(weight)(**{name: value[None] if isinstance(value, Tensor) else value for name, value in fields.items()})
 
 
 def _route(
@@ -272,7 +274,7 @@ def _check_weights(name: str, X: Tensor, weights: MoEWeights) -> None:
         if not isinstance(given, (Tensor, FP8Tensor, MXFP4Tensor, NVFP4Tensor) if quantised else Tensor):
             kinds = "a Tensor or a quantised tensor" if quantised else "a Tensor"
             raise ValueError(f"{name}: {argument} must be {kinds}, got {type(given).__name__}")
-        tensor: Tensor | QTensor = given  # type: ignore[assignment]
+        tensor: Tensor | QTensor = given
         fits = len(tensor.shape) == len(shape) and all(
             want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
         )

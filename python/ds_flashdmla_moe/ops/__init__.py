@@ -13,8 +13,6 @@ from .indexer import hadamard_quantize, indexer_kl_loss, indexer_logits, indexer
 from .kv_cache import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, v4_kv_insert
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
-from .norm_rope import rms_norm, rope, rope_frequencies
-from .quant_linear import fp4_linear, fp8_linear
 from .norm_rope import (
     rms_norm,
     rope,
@@ -24,6 +22,7 @@ from .norm_rope import (
     yarn_softmax_scale,
 )
 from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
+from .quant_linear import fp4_linear, fp8_linear
 from .sparse_mla import sparse_mla_prefill, v4_attention_indices
 
 __all__ = [
@@ -33,8 +32,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "fp4_linear",
-    "fp8_linear",
     "fp8_block_quantize",
+    "fp8_linear",
     "fp8_quantize",
     "grouped_gemm",
     "hadamard_quantize",

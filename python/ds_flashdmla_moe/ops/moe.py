@@ -253,11 +253,10 @@ def moe_ffn(
 
     Source of the backward pass: SonicMoE, arXiv 2512.14080.
     """
-    absent = None, None, None, (1, 1)
-    parts = [absent if w is None else tuple(parts_of(w)) for w in (w13, w2, shared_w13, shared_w2)]
-    matrices = [data for data, *_ in parts]
-    scales = [tensor for _, *pair, _ in parts for tensor in pair]
-    blocks = [extent for *_, block in parts for extent in block]
+    parts = [None if w is None else parts_of(w) for w in (w13, w2, shared_w13, shared_w2)]
+    matrices = [part and part.data for part in parts]
+    scales = [tensor for part in parts for tensor in ((part.scales, part.global_scale) if part else (None, None))]
+    blocks = [extent for part in parts for extent in (part.block if part else (1, 1))]
     differentiable = (x, weights, *matrices)
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     y, _, _ = torch.ops.dsm.moe_ffn(
