@@ -19,7 +19,8 @@
 //
 // Weights may be quantised (BlockScales): then the codes stand where the matrix would, products are taken with the
 // exact numbers, and the weights have no gradient. Activations are taken as they come or rounded to FP8
-// (ActivationFormat); gradients pass that rounding as if it were not there (straight through).
+// (ActivationFormat); their gradients pass that rounding as if it were not there (straight through), those of floating
+// weights are taken with the rounded activations.
 //
 // "floating" below is float64|float32|float16|bfloat16, one dtype for all floating tensors of a call, and "wide" is
 // float32, or float64 where that dtype is float64. Products are accumulated in wide and rounded once.

@@ -61,9 +61,13 @@ Weights::Weights(const TensorView& data, const BlockScales& scales) : data_(data
   count_ = data.rank == 3 ? data.size(0) : 1;
   rows_ = data.size(-2);
   columns_ = weight_columns(data);
-  if (!is_fp4(data)) return;
-  scales_.block_rows = 1;
-  scales_.block_columns = scales.scale.dtype == DType::float8_e4m3fn ? 16 : 32;
+  if (is_fp4(data)) {
+    scales_.block_rows = 1;
+    scales_.block_columns = scales.scale.dtype == DType::float8_e4m3fn ? 16 : 32;
+  } else {  // blocks beyond the matrix are as good as its size, and cannot overflow
+    scales_.block_rows = std::clamp<Index>(rows_, 1, scales.block_rows);
+    scales_.block_columns = std::clamp<Index>(columns_, 1, scales.block_columns);
+  }
 }
 
 template <class Acc>

@@ -320,10 +320,9 @@ void sum_outer_products(const Expert<T>& expert, const Compute<T>* left, Index w
 
 /// Of those experts of the group that have them.
 template <class T>
-void weight_gradients(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const std::vector<Expert<T>>& group,
-                      const Compute<T>* act, const Compute<T>* dz) {
+void weight_gradients(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const cpu::Activations& x,
+                      const std::vector<Expert<T>>& group, const Compute<T>* act, const Compute<T>* dz) {
   const Index hidden = a.x.size(1);
-  const cpu::Activations x(a.x, a.dw13 || a.dshared_w13 ? a.x.size(0) : 0, a.activation_format);
   std::vector<cpu::Extent> w13, w2;
   for (const Expert<T>& expert : group) {
     w13.push_back({expert.dw13 ? 2 * expert.intermediate : 0, hidden});
@@ -360,6 +359,7 @@ void backward(const MoeFfnBackwardArgs& a) {
   set_weight_gradients(a, plan.experts);
   const Index tokens = a.x.size(0), hidden = a.x.size(1);
   std::fill_n(a.dweights.as<A>(), a.dweights.numel(), A(0));
+  const cpu::Activations x(a.x, a.dw13 || a.dshared_w13 ? tokens : 0, a.activation_format);
   Sums<T> dx(a.dx);
   std::vector<A> act, dz;
   plan.for_each_group([&](const std::vector<Expert<T>>& group, Index elements) {
@@ -372,12 +372,12 @@ void backward(const MoeFfnBackwardArgs& a) {
     cpu::over_tiles(visits, kTileVisits, 1, [&](const cpu::Tile& tile) {
       project_back(a, plan, group[tile.matrix], tile, act.data(), dz.data());
     });
-    const auto project_down = [&](const Expert<T>& e, Index visit, Index rows, Index column, Index columns, A* out) {
+    const auto through_w13 = [&](const Expert<T>& e, Index visit, Index rows, Index column, Index columns, A* out) {
       const cpu::Matrix left = matrix(dz.data() + 2 * (e.offset + visit * e.intermediate), 2 * e.intermediate, 1);
       e.w13->multiply(e.number, column, rows, columns, left, out, columns);
     };
-    add_products<T>(plan, group, tokens, hidden, project_down, nullptr, false, dx.data());
-    weight_gradients(a, plan, group, act.data(), dz.data());
+    add_products<T>(plan, group, tokens, hidden, through_w13, nullptr, false, dx.data());
+    weight_gradients(a, plan, x, group, act.data(), dz.data());
   });
   dx.store();
 }

@@ -204,6 +204,24 @@ def test_grouped_gemm_matches_float64(name: str, dtype: torch.dtype, activation_
     assert (da[22:] == 0).all()
 
 
+@pytest.mark.parametrize("transpose_b", [True, False])
+def test_gradients_of_floating_weights_under_rounded_activations(transpose_b: bool) -> None:
+    """b's gradient is taken with the rounded a: the derivative of what was computed."""
+    offsets = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
+    a = torch.randn(9, 200, requires_grad=True)
+    b = torch.randn((3, 6, 200) if transpose_b else (3, 200, 6), requires_grad=True)
+    c = dsm.ops.grouped_gemm(a, b, offsets, transpose_b, "fp8")
+    dc = torch.randn_like(c)
+    da, db = torch.autograd.grad(c, (a, b), dc)
+    taken, wide_b = fp8(a.double()), b.detach().double().requires_grad_()
+    parts = [taken[i:j] @ (w.T if transpose_b else w) for i, j, w in zip((0, 2, 2), (2, 2, 7), wide_b, strict=True)]
+    expected = torch.cat([*parts, a.new_zeros(2, 6).double()])
+    expected_da, expected_db = torch.autograd.grad(expected, (a, wide_b), dc.double())
+    assert_close("c", c, expected)
+    assert_close("da", da, expected_da)
+    assert_close("db", db, expected_db)
+
+
 def test_weight_before_rounding_by_hand() -> None:
     """One token, one expert: x = 1, gate 1, up 3: silu(1) · 3 · 0.7 = 1.535… -> FP8 1.5; with the weight afterwards
     2.19… would become 2.25, and 2.25 · 0.7 = 1.575."""

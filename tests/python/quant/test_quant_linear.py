@@ -47,6 +47,13 @@ def test_fp8_rows_that_are_no_whole_blocks(k: int) -> None:
             assert_close("y", linear(x, q, activation_format), taken @ weight_truth.numbers(q).T)
 
 
+def test_blocks_larger_than_the_matrix() -> None:
+    q = weight_truth._fp8((5, 40))(5, 40)
+    x = torch.randn(3, 40)
+    for block in ((128, 128), (2**63 - 1, 2**63 - 1)):
+        assert torch.equal(dsm.ops.fp8_linear(x, q.data, q.scales, block), linear(x, q))
+
+
 def test_golden_values() -> None:
     """By hand: codes of E4M3 (0x38 = 1, 0x40 = 2, 0xb8 = -1, 0x01 = 2^-9, 0x7e = 448) and E2M1."""
     data = torch.tensor([[0x38, 0x40, 0xB8], [0x01, 0x7E, 0x00]], dtype=torch.uint8).view(torch.float8_e4m3fn)
