@@ -118,14 +118,21 @@ class Checkpoint:
 
     def read(self, name: str, quantization: Fp8Blocks | None = None) -> Tensor:
         """A tensor that ``check`` has passed, read when it is used; a quantised one is float32 ``code * scale``."""
-        tensor = self._mapped(name)
-        if quantization is None or name + SCALE not in self.tensors:
-            return tensor
-        scale = self._mapped(name + SCALE)
+        if quantization is None or not self.is_quantised(name):
+            return self._mapped(name)
+        return self.read_codes(name, quantization).dequantize()
+
+    def is_quantised(self, name: str) -> bool:
+        return name + SCALE in self.tensors
+
+    def read_codes(self, name: str, quantization: Fp8Blocks | None) -> FP8Tensor | MXFP4Tensor:
+        """A quantised tensor that ``check`` has passed."""
+        assert quantization is not None
+        tensor, scale = self._mapped(name), self._mapped(name + SCALE)
         if self.tensors[name].dtype in FP4_PAIRS:
-            return MXFP4Tensor(tensor, scale).dequantize()
+            return MXFP4Tensor(tensor, scale)
         scale = scale if scale.dtype == torch.float8_e8m0fnu else scale.float()
-        return FP8Tensor(tensor, scale, quantization.block).dequantize()
+        return FP8Tensor(tensor, scale, quantization.block)
 
     def _mapped(self, name: str) -> Tensor:
         stored = self.tensors[name]

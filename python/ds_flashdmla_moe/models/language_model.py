@@ -14,7 +14,9 @@ from .config import ModelConfig
 from .experts import expert_parts
 from .generate import generate
 
-__all__ = ["LanguageModel"]
+__all__ = ["LanguageModel", "Part"]
+
+Part = tuple[str, tuple[int | slice, ...]]  # a stored tensor, and which part of a parameter it fills
 
 
 class LanguageModel(nn.Module):
@@ -44,7 +46,7 @@ class LanguageModel(nn.Module):
         """The name under which :meth:`stored_parts` knows a checkpoint's tensor."""
         return tensor
 
-    def stored_parts(self, parameter: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
+    def stored_parts(self, parameter: str) -> Iterator[Part]:
         """The checkpoint's tensors that make up a parameter or buffer, with the part that each one fills."""
         if ".experts." in parameter:
             yield from expert_parts(parameter, self.config.experts, self.config.expert_intermediate)

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from ..qtensor import QTensor
 from .checkpoint import Checkpoint
-from .config import Fields, V3Config, V32Config, read_json
-from .language_model import LanguageModel
+from .config import Fields, Fp8Blocks, V3Config, V32Config, read_json
+from .language_model import LanguageModel, Part
 from .v3 import DeepseekV3
 from .v4 import DeepseekV4
 from .v4_config import V4Config
 from .v32 import DeepseekV32
+from .weights import QuantisableWeights, rows_of, stacked
 
 __all__ = ["load_model"]
 
@@ -36,8 +38,10 @@ def load_model(
     """A language model from a folder with config.json and safetensors: DeepSeek-V3, V3.2 or V4.
 
     The layout is Hugging Face's (``model_type`` deepseek_v3, deepseek_v32, deepseek_v4) or, for V4, that of DeepSeek's
-    release. Weights are float32, bfloat16 or float16, or FP8 E4M3 with a scale per block or MXFP4, whose scales are
-    multiplied in. Files are mapped and copied tensor by tensor: loading needs little memory beside the model's own.
+    release. Weights are float32, bfloat16 or float16, or FP8 E4M3 with a scale per block or MXFP4. In bfloat16 and
+    float16 these stay quantised, and the activations that meet them are rounded to FP8, as in the models' own code;
+    such weights are no parameters. In float32 and float64 scales are multiplied in, and nothing is rounded. Files are
+    mapped and copied tensor by tensor: loading needs little memory beside the model's own.
 
     Args:
         path: the folder.
@@ -87,14 +91,31 @@ def _fill(model: LanguageModel, checkpoint: Checkpoint, device: torch.device) ->
     }
     quantization, tied = model.config.quantization, model.config.tied_head
     checkpoint.check(expected, lambda name: model.is_unused(name) or (tied and name == "lm_head.weight"), quantization)
-    state: dict[str, Tensor] = {}
+    keeps_codes = model.lm_head.weight.dtype in (torch.bfloat16, torch.float16)
     for name, stored_parts in parts.items():
-        state[name] = torch.empty(empty[name].shape, dtype=empty[name].dtype, device=device)
+        prefix, _, attribute = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        scaled = [checkpoint.is_quantised(stored) for stored, _ in stored_parts]
+        if keeps_codes and all(scaled) and isinstance(module, QuantisableWeights):
+            module.quantise(attribute, _codes(checkpoint, stored_parts, model.config.quantization).to(device))
+            continue
+        value = torch.empty(empty[name].shape, dtype=empty[name].dtype, device=device)
         for stored, index in stored_parts:
-            state[name][index].copy_(checkpoint.read(stored, quantization))
-    if model.config.tied_head:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
+            value[index].copy_(checkpoint.read(stored, quantization))
+        if attribute in module._parameters:
+            module._parameters[attribute] = nn.Parameter(value)
+        else:
+            module._buffers[attribute] = value
     model.tie()
     model.to(device)
     model.check_values()
+
+
+def _codes(checkpoint: Checkpoint, parts: list[Part], quantization: Fp8Blocks | None) -> QTensor:
+    """One quantised matrix, or one for each expert."""
+    if not parts[0][1]:
+        return rows_of([checkpoint.read_codes(parts[0][0], quantization)])
+    experts: dict[int | slice, list[QTensor]] = {}
+    for stored, index in parts:
+        experts.setdefault(index[0], []).append(checkpoint.read_codes(stored, quantization))
+    return stacked([rows_of(matrices) for matrices in experts.values()])

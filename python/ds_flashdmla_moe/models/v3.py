@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..moe import MoEWeights, moe_megakernel_fwd
+from ..moe import moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
+from ..qtensor import QTensor
 from .cache import PagedCache, PageOrder, Row, Step, stored
 from .config import V3Config
-from .experts import Experts, Mlp
+from .experts import Experts, Mlp, moe_weights
 from .language_model import LanguageModel
+from .weights import Linear
 
 __all__ = ["DeepseekV3"]
 
@@ -38,15 +40,16 @@ class Attention(nn.Module):
         self.config, self.layer, self.row = config, layer, row
         self.scale = (c.d_nope + c.d_rope) ** -0.5 * c.rope.softmax_factor
         if c.q_rank is None:
-            self.q_proj = nn.Linear(c.hidden, c.heads * (c.d_nope + c.d_rope), bias=False)
+            self.q_proj = Linear(c.hidden, c.heads * (c.d_nope + c.d_rope), bias=False)
         else:
-            self.q_a_proj = nn.Linear(c.hidden, c.q_rank, bias=bias)
+            self.q_a_proj = Linear(c.hidden, c.q_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(c.q_rank, LATENT_EPS)
-            self.q_b_proj = nn.Linear(c.q_rank, c.heads * (c.d_nope + c.d_rope), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(c.hidden, c.d_latent + c.d_rope, bias=bias)
+            self.q_b_proj = Linear(c.q_rank, c.heads * (c.d_nope + c.d_rope), bias=False)
+        self.kv_a_proj_with_mqa = Linear(c.hidden, c.d_latent + c.d_rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(c.d_latent, LATENT_EPS)
+        # Never quantised: it is absorbed, for which the models' own code dequantises it, too.
         self.kv_b_proj = nn.Linear(c.d_latent, c.heads * (c.d_nope + c.d_v), bias=False)
-        self.o_proj = nn.Linear(c.heads * c.d_v, c.hidden, bias=bias)
+        self.o_proj = Linear(c.heads * c.d_v, c.hidden, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor, inv_freq: Tensor, step: Step | None) -> Tensor:
         q_low = x if self.config.q_rank is None else self.q_a_layernorm(self.q_a_proj(x))
@@ -139,15 +142,8 @@ class Moe(nn.Module):
             self.shared_experts = Mlp(config.hidden, config.shared_experts * config.expert_intermediate)
 
     def forward(self, x: Tensor) -> Tensor:
-        c, shared = self.config, self.shared_experts
-        weights = MoEWeights(
-            gate=self.gate.weight,
-            w13=self.experts.gate_up_proj,
-            w2=self.experts.down_proj,
-            gate_bias=self.gate.e_score_correction_bias,
-            shared_w13=None if shared is None else shared.w13(),
-            shared_w2=None if shared is None else shared.down_proj.weight,
-        )
+        c = self.config
+        weights = moe_weights(self.gate.weight, self.gate.e_score_correction_bias, self.experts, self.shared_experts)
         return moe_megakernel_fwd(
             x,
             weights,
@@ -157,6 +153,7 @@ class Moe(nn.Module):
             routed_scaling_factor=c.routed_scaling_factor,
             n_group=c.n_group,
             topk_group=c.topk_group,
+            activation_format="fp8" if isinstance(weights.w13, QTensor) else None,
         )
 
 

@@ -11,6 +11,7 @@ from .. import ops
 from .cache import Row, Step
 from .config import V3Config, V32Config
 from .v3 import Attention, DeepseekV3
+from .weights import Linear
 
 __all__ = ["DeepseekV32"]
 
@@ -26,8 +27,8 @@ class Indexer(nn.Module):
         super().__init__()
         self.config, self.fp8 = config, fp8
         assert config.q_rank is not None
-        self.wq_b = nn.Linear(config.q_rank, config.index_heads * config.index_dim, bias=False)
-        self.wk = nn.Linear(config.hidden, config.index_dim, bias=False)
+        self.wq_b = Linear(config.q_rank, config.index_heads * config.index_dim, bias=False)
+        self.wk = Linear(config.hidden, config.index_dim, bias=False)
         self.k_norm = nn.LayerNorm(config.index_dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden, config.index_heads, bias=False)
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..moe import MoEWeights, moe_megakernel_fwd
+from ..moe import moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
+from ..qtensor import QTensor
 from .cache import PageOrder, Row
 from .config import Rope
-from .experts import Experts, Mlp
+from .experts import Experts, Mlp, moe_weights
 from .language_model import LanguageModel
 from .v4_attention import Attention
 from .v4_cache import LayerCache, V4Cache, V4Step
@@ -75,15 +76,8 @@ class Moe(nn.Module):
         self.shared_experts = Mlp(config.hidden, config.shared_experts * config.expert_intermediate)
 
     def forward(self, x: Tensor, input_ids: Tensor) -> Tensor:
-        c, gate, shared = self.config, self.gate, self.shared_experts
-        weights = MoEWeights(
-            gate=gate.weight,
-            w13=self.experts.gate_up_proj,
-            w2=self.experts.down_proj,
-            gate_bias=gate.e_score_correction_bias,
-            shared_w13=shared.w13(),
-            shared_w2=shared.down_proj.weight,
-        )
+        c, gate = self.config, self.gate
+        weights = moe_weights(gate.weight, gate.e_score_correction_bias, self.experts, self.shared_experts)
         return moe_megakernel_fwd(
             x,
             weights,
@@ -94,6 +88,7 @@ class Moe(nn.Module):
             swiglu_limit=c.swiglu_limit,
             token_ids=None if gate.tid2eid is None else input_ids,
             tid2eid=gate.tid2eid,
+            activation_format="fp8" if isinstance(weights.w13, QTensor) else None,
         )
 
 

@@ -12,6 +12,7 @@ from ..nn.norm import RMSNorm
 from .cache import Row
 from .v4_cache import CompressorState, LayerCache, V4Step, stored_v4
 from .v4_config import LayerKind, V4Config
+from .weights import Linear
 from .wide import WideParameters
 
 __all__ = ["Attention"]
@@ -71,7 +72,7 @@ class Indexer(Compressor):
     def __init__(self, config: V4Config, kind: LayerKind, fp4: bool) -> None:
         super().__init__(config, kind, config.index_dim)
         self.fp4 = fp4
-        self.q_b_proj = nn.Linear(config.q_rank, config.index_heads * config.index_dim, bias=False)
+        self.q_b_proj = Linear(config.q_rank, config.index_heads * config.index_dim, bias=False)
         self.scorer = Scorer(config)
 
     def _quantise(self, x: Tensor) -> Tensor:
@@ -135,13 +136,14 @@ class Attention(WideParameters):
         super().__init__()
         c = config
         self.config, self.kind, self.row = config, kind, row
-        self.q_a_proj = nn.Linear(c.hidden, c.q_rank, bias=False)
+        self.q_a_proj = Linear(c.hidden, c.q_rank, bias=False)
         self.q_a_norm = RMSNorm(c.q_rank, c.eps)
-        self.q_b_proj = nn.Linear(c.q_rank, c.heads * c.head_dim, bias=False)
-        self.kv_proj = nn.Linear(c.hidden, c.head_dim, bias=False)
+        self.q_b_proj = Linear(c.q_rank, c.heads * c.head_dim, bias=False)
+        self.kv_proj = Linear(c.hidden, c.head_dim, bias=False)
         self.kv_norm = RMSNorm(c.head_dim, c.eps)
+        # Never quantised: the model's own code dequantises it, too.
         self.o_a_proj = nn.Linear(c.heads // c.o_groups * c.head_dim, c.o_groups * c.o_rank, bias=False)
-        self.o_b_proj = nn.Linear(c.o_groups * c.o_rank, c.hidden, bias=False)
+        self.o_b_proj = Linear(c.o_groups * c.o_rank, c.hidden, bias=False)
         self.sinks = nn.Parameter(torch.empty(c.heads))
         self.compressor = EntryCompressor(config, kind, fp4) if kind.ratio else None
 
