@@ -22,6 +22,7 @@ from .norm_rope import (
     yarn_softmax_scale,
 )
 from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
+from .quant_linear import fp4_linear, fp8_linear
 from .sparse_mla import sparse_mla_prefill, v4_attention_indices
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
+    "fp4_linear",
     "fp8_block_quantize",
+    "fp8_linear",
     "fp8_quantize",
     "grouped_gemm",
     "hadamard_quantize",
