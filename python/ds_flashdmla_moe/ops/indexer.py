@@ -13,14 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake, no_double_backward
+from ._register import accumulator_dtype, adjacent, fake, no_double_backward
 
 IndexerFormat = Literal["none", "fp4", "fp8"]
-
-
-def _adjacent(tensor: Tensor) -> Tensor:
-    """With the elements of the last dimension next to one another, copied only if they are not."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -68,7 +63,7 @@ def hadamard_quantize(x: Tensor, format: IndexerFormat = "none", rotate: bool = 
     """
     if x.dim() == 0:
         raise ValueError("hadamard_quantize: x must have at least one dimension, got a scalar")
-    rows = _adjacent(x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(0, 0))
+    rows = adjacent(x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(0, 0))
     y, scale = torch.ops.dsm.hadamard_quantize(rows, format, rotate)
     if format == "fp8":
         return y.view(x.shape), scale.view(x.shape[:-1])
@@ -88,7 +83,7 @@ def _hadamard_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _hadamard_backward(ctx: Any, dy: Tensor, dscale: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.dsm.hadamard_quantize(_adjacent(dy), "none", ctx.rotate)[0], None, None
+    return torch.ops.dsm.hadamard_quantize(adjacent(dy), "none", ctx.rotate)[0], None, None
 
 
 torch.library.register_autograd("dsm::hadamard_quantize", _hadamard_backward, setup_context=_hadamard_setup)
@@ -128,7 +123,7 @@ def indexer_logits(
     """
     _require_rank("indexer_logits", q=(q, 3), k=(k, 2), weights=(weights, 2))
     logits: Tensor = torch.ops.dsm.indexer_logits(
-        _adjacent(q), _adjacent(k), _adjacent(weights), _dense(k_scale), _dense(starts), _dense(ends)
+        adjacent(q), adjacent(k), adjacent(weights), _dense(k_scale), _dense(starts), _dense(ends)
     )
     return logits
 
@@ -156,7 +151,7 @@ def _logits_backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
     q, k, weights, starts, ends = ctx.saved_tensors
     if torch.float8_e4m3fn in (q.dtype, k.dtype):
         raise NotImplementedError("dsm.indexer_logits has no gradient for FP8 operands; train on the unquantised ones")
-    dq, dk, dweights = torch.ops.dsm.indexer_logits_backward(_adjacent(dlogits), q, k, weights, starts, ends)
+    dq, dk, dweights = torch.ops.dsm.indexer_logits_backward(adjacent(dlogits), q, k, weights, starts, ends)
     return dq, dk, dweights, None, None, None
 
 
@@ -202,11 +197,11 @@ def paged_indexer_logits(
     if max_len is None:
         max_len = block_table.shape[1] * cache.shape[1]
     logits: Tensor = torch.ops.dsm.paged_indexer_logits(
-        _adjacent(q.detach()),
+        adjacent(q.detach()),
         cache.detach(),
-        _adjacent(weights.detach()),
+        adjacent(weights.detach()),
         context_lens,
-        _adjacent(block_table),
+        adjacent(block_table),
         max_len,
     )
     return logits
@@ -236,7 +231,7 @@ def indexer_topk(logits: Tensor, topk: int, ends: Tensor | None = None, starts: 
         ValueError: a shape, dtype or device does not fit.
     """
     _require_rank("indexer_topk", logits=(logits, 2))
-    indices: Tensor = torch.ops.dsm.indexer_topk(_adjacent(logits.detach()), topk, _dense(ends), _dense(starts))
+    indices: Tensor = torch.ops.dsm.indexer_topk(adjacent(logits.detach()), topk, _dense(ends), _dense(starts))
     return indices
 
 
@@ -271,7 +266,7 @@ def indexer_kl_loss(logits: Tensor, target: Tensor, indices: Tensor | None = Non
     """
     _require_rank("indexer_kl_loss", logits=(logits, 2), target=(target, 2))
     loss: Tensor = torch.ops.dsm.indexer_kl_loss(
-        _adjacent(logits), _adjacent(target.detach()), None if indices is None else _adjacent(indices)
+        adjacent(logits), adjacent(target.detach()), None if indices is None else adjacent(indices)
     )
     return loss
 

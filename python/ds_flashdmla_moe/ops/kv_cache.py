@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._register import fake, no_double_backward
+from ._register import adjacent, fake, no_double_backward
 
 _WIDTHS = {656: 576, 352: 576, 584: 512, 528: 512, 288: 512}
 
@@ -211,7 +211,7 @@ def kv_compress(
     """
     if a.dim() != 2 or z.dim() != 2:
         raise ValueError(f"kv_compress: a and z must be [tokens, channels], got {list(a.shape)} and {list(z.shape)}")
-    a, z = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (a, z))
+    a, z = adjacent(a), adjacent(z)
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, a.shape[0]], dtype=torch.int32, device=a.device)
     shared = a, z, ape.contiguous(), cu_seqlens.contiguous()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..qtensor import QTensor
-from ._register import fake, no_double_backward
+from ._register import adjacent, fake, no_double_backward
 from ._weights import ActivationFormat, format_name, parts_of
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -110,7 +110,7 @@ def moe_permute(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tenso
         ValueError: a shape, dtype, device or index does not fit.
     """
     rows, expert_offsets, row_of_slot, slot_of_row = torch.ops.dsm.moe_permute(
-        _adjacent(x), indices.contiguous(), experts
+        adjacent(x), indices.contiguous(), experts
     )
     return rows, expert_offsets, row_of_slot, slot_of_row
 
@@ -143,7 +143,7 @@ def grouped_gemm(
     """
     weight = parts_of(b)
     c: Tensor = torch.ops.dsm.grouped_gemm(
-        _adjacent(a),
+        adjacent(a),
         weight.data,
         expert_offsets.contiguous(),
         transpose_b,
@@ -175,7 +175,7 @@ def swiglu(z: Tensor, limit: float | None = None) -> Tensor:
     if z.dim() == 0:
         raise ValueError("swiglu: z must have at least one dimension, got a scalar")
     rows = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
-    y: Tensor = torch.ops.dsm.swiglu(_adjacent(rows), _limit(limit))
+    y: Tensor = torch.ops.dsm.swiglu(adjacent(rows), _limit(limit))
     return y.view(*z.shape[:-1], y.shape[-1])
 
 
@@ -260,7 +260,7 @@ def moe_ffn(
     differentiable = (x, weights, *matrices)
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     y, _, _ = torch.ops.dsm.moe_ffn(
-        _adjacent(x),
+        adjacent(x),
         weights.contiguous(),
         indices.contiguous(),
         *matrices,
@@ -271,11 +271,6 @@ def moe_ffn(
         format_name(activation_format),
     )
     return y  # type: ignore[no-any-return]
-
-
-def _adjacent(t: Tensor) -> Tensor:
-    """The operators take rows any distance apart, but adjacent elements."""
-    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
 
 
 def _limit(limit: float | None) -> float:
@@ -413,7 +408,7 @@ def _grouped_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
     need_da, need_db = ctx.needs_input_grad[:2]
     a, b, expert_offsets, *scales = ctx.saved_tensors
     da, db = torch.ops.dsm.grouped_gemm_backward(
-        _adjacent(dc), a, b, expert_offsets, ctx.transpose_b, *scales, *ctx.formats, need_da, need_db
+        adjacent(dc), a, b, expert_offsets, ctx.transpose_b, *scales, *ctx.formats, need_da, need_db
     )
     return da if need_da else None, db if need_db else None, *(None,) * 6
 
@@ -425,7 +420,7 @@ def _swiglu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     (z,) = ctx.saved_tensors
-    return torch.ops.dsm.swiglu_backward(_adjacent(dy), z, ctx.limit), None
+    return torch.ops.dsm.swiglu_backward(adjacent(dy), z, ctx.limit), None
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -451,7 +446,7 @@ def _ffn_backward(ctx: Any, dy: Tensor, *rest: Tensor) -> tuple[Tensor | None, .
     tensors, z, scales = ctx.saved_tensors[:7], ctx.saved_tensors[7:9], ctx.saved_tensors[9:]
     routed, shared = any(ctx.needs_input_grad[3:5]), any(ctx.needs_input_grad[5:7])
     dx, dweights, *dmatrices = torch.ops.dsm.moe_ffn_backward(
-        _adjacent(dy), *tensors, ctx.limit, *z, *scales, *ctx.formats, routed, shared
+        adjacent(dy), *tensors, ctx.limit, *z, *scales, *ctx.formats, routed, shared
     )
     needed = [d if need else None for d, need in zip(dmatrices, ctx.needs_input_grad[3:7], strict=True)]
     return dx, dweights, None, *needed, *(None,) * 12

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor, QTensor
-from ._register import fake, no_double_backward
+from ._register import adjacent, fake, no_double_backward
 from ._weights import ActivationFormat, format_name, scale_bytes
 
 
@@ -108,7 +108,7 @@ def _rows(name: str, x: Tensor) -> Tensor:
     if x.dim() == 0:
         raise ValueError(f"{name}: x must have at least one dimension, got a scalar")
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return adjacent(rows)
 
 
 # --- shapes and derivatives ---
@@ -141,7 +141,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _derivative(backward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
     def differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, scales, *factor = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dy = adjacent(dy)
         return backward(dy, weight, scales, factor[0] if factor else ctx.third), None, None, None, None
 
     return differentiate
