@@ -11,15 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..qtensor import FP8Tensor, MXFP4Tensor
-from .config import Fp8Blocks, read_json
+from ..qtensor import QTensor
+from .config import Quantization, read_json
+from .storage import FLOATS, Storage, storage_of
 
 __all__ = ["Checkpoint", "StoredTensor"]
 
 INDEX = "model.safetensors.index.json"
-FLOATS = ("F32", "BF16", "F16")
-FP4_PAIRS = ("I8", "U8", "F4")  # two codes in a byte
-SCALE = "_scale_inv"  # of tensor x.weight in x.weight_scale_inv
 
 
 class StoredTensor(NamedTuple):
@@ -42,6 +40,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Any] = {}
+        self._storage: dict[str, Storage] = {}
         weight_map = _weight_map(folder)
         for file in sorted({*weight_map.values()}) if weight_map is not None else [_only_file(folder)]:
             self._open(file)
@@ -79,60 +78,51 @@ class Checkpoint:
         self,
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]],
         is_unused: Callable[[str], bool],
-        quantization: Fp8Blocks | None,
+        quantization: Quantization | None,
     ) -> None:
         """That the expected tensors are there in their shapes, with their scales, and no others but unused ones."""
-        missing = [name for name in expected if name not in self.tensors]
+        known: set[str] = set()
+        missing: list[str] = []
+        dtypes = {name: stored.dtype for name, stored in self.tensors.items()} if quantization is not None else {}
+        for name, (dtype, shape) in expected.items():
+            storage = storage_of(name, shape, dtypes, quantization.block) if quantization is not None else None
+            if storage is None:
+                kinds = FLOATS if dtype.is_floating_point else ("I64", "I32")
+                parts = {name: (kinds, shape)}
+            else:
+                self._storage[name], parts = storage, storage.tensors
+                known.update(storage.unused)
+            known.update(parts)
+            missing += [part for part in parts if part not in self.tensors]
+            for part, (kinds, part_shape) in parts.items():
+                if part in self.tensors:
+                    self._check_tensor(part, kinds, part_shape)
         if missing:
             raise ValueError(f"{self.folder}: missing {some(missing)}")
-        scales = set()
-        for name, (dtype, shape) in expected.items():
-            stored = self.tensors[name]
-            kinds: tuple[str, ...] = FLOATS if dtype.is_floating_point else ("I64", "I32")
-            if quantization is not None and len(shape) == 2 and stored.dtype in ("F8_E4M3", *FP4_PAIRS):
-                scales.add(name + SCALE)
-                fp4 = stored.dtype in FP4_PAIRS
-                kinds = (stored.dtype,)
-                if fp4 and stored.dtype != "F4":
-                    shape = shape[0], shape[1] // 2
-                self._check_scale(name, expected[name][1], (1, 32) if fp4 else quantization.block, fp4)
-            if stored.shape != shape:
-                raise ValueError(f"{self.folder}: {name} must have shape {list(shape)}, got {list(stored.shape)}")
-            if stored.dtype not in kinds:
-                raise ValueError(f"{self.folder}: {name} must be {' or '.join(kinds)}, got {stored.dtype}")
-        extra = [name for name in self.tensors if not (name in expected or name in scales or is_unused(name))]
+        extra = [name for name in self.tensors if name not in known and not is_unused(name)]
         if extra:
             raise ValueError(f"{self.folder}: not of this model: {some(extra)}")
 
-    def _check_scale(self, name: str, shape: tuple[int, ...], block: tuple[int, int], fp4: bool) -> None:
-        scale = self.tensors.get(name + SCALE)
-        if scale is None:
-            raise ValueError(f"{self.folder}: missing tensor {name + SCALE}, the scales of {name}")
-        if fp4 and shape[1] % block[1]:
-            raise ValueError(f"{self.folder}: {name} must have a multiple of {block[1]} columns, got {shape[1]}")
-        want = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-        kinds = ("F8_E8M0", "U8") if fp4 else ("F8_E8M0", *FLOATS)
-        if scale.shape != want or scale.dtype not in kinds:
-            got = f"{list(scale.shape)} {scale.dtype}"
-            raise ValueError(f"{self.folder}: {name + SCALE} must be {list(want)} {' or '.join(kinds)}, got {got}")
+    def _check_tensor(self, name: str, kinds: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        stored = self.tensors[name]
+        if stored.shape != shape:
+            raise ValueError(f"{self.folder}: {name} must have shape {list(shape)}, got {list(stored.shape)}")
+        if stored.dtype not in kinds:
+            raise ValueError(f"{self.folder}: {name} must be {' or '.join(kinds)}, got {stored.dtype}")
 
-    def read(self, name: str, quantization: Fp8Blocks | None = None) -> Tensor:
-        """A tensor that ``check`` has passed, read when it is used; a quantised one is float32 ``code * scale``."""
-        if quantization is None or not self.is_quantised(name):
-            return self._mapped(name)
-        return self.read_codes(name, quantization).dequantize()
+    def format_of(self, name: str) -> str | None:
+        """The format of a tensor that ``check`` has passed; None: plain numbers."""
+        storage = self._storage.get(name)
+        return None if storage is None else storage.format
 
-    def is_quantised(self, name: str) -> bool:
-        return name + SCALE in self.tensors
+    def read(self, name: str) -> Tensor:
+        """A tensor that ``check`` has passed, read when it is used; a quantised one as the numbers it stands for."""
+        return self._mapped(name) if self.format_of(name) is None else self.read_codes(name).dequantize()
 
-    def read_codes(self, name: str, quantization: Fp8Blocks | None) -> FP8Tensor | MXFP4Tensor:
+    def read_codes(self, name: str) -> QTensor:
         """A quantised tensor that ``check`` has passed."""
-        assert quantization is not None
-        tensor, scale = self._mapped(name), self._mapped(name + SCALE)
-        if self.tensors[name].dtype in FP4_PAIRS:
-            return MXFP4Tensor(tensor, scale)
-        scale = scale if scale.dtype == torch.float8_e8m0fnu else scale.float()
-        return FP8Tensor(tensor, scale, quantization.block)
+        storage = self._storage[name]
+        return storage.assemble([self._mapped(part) for part in storage.tensors])
 
     def _mapped(self, name: str) -> Tensor:
         stored = self.tensors[name]

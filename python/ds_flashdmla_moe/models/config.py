@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Fields", "Fp8Blocks", "ModelConfig", "Rope", "V3Config", "V32Config", "read_json", "token_ids"]
+from torch import Tensor
+
+from .. import ops
+
+__all__ = ["Fields", "ModelConfig", "Quantization", "Rope", "V3Config", "V32Config", "read_json", "token_ids"]
 
 MAX_WIDTH = 2**20  # of any dimension of a weight
 MAX_JSON_BYTES = 2**28  # the index of the largest released model has 9 MB
@@ -109,6 +113,16 @@ class Rope:
     magnitude: float = 1.0
     softmax_factor: float = 1.0
 
+    def frequencies(self, d_rope: int) -> Tensor:
+        return ops.rope_frequencies(
+            d_rope,
+            self.theta,
+            factor=self.factor,
+            original_length=self.original_length,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+        )
+
     @classmethod
     def read(cls, config: Fields) -> Rope:
         """From ``rope_parameters``, or from the older ``rope_theta`` and ``rope_scaling``."""
@@ -142,17 +156,26 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 @dataclass(frozen=True)
-class Fp8Blocks:
-    """Weights in FP8 E4M3, one scale for a ``block`` of rows × columns; experts may be in MXFP4 instead."""
+class Quantization:
+    """That matrices may be quantised; ``block``: rows and columns that share a scale in FP8, None where there is none.
 
-    block: tuple[int, int]
+    Which matrices are, and in which format, the tensors say.
+    """
+
+    block: tuple[int, int] | None
 
     @classmethod
-    def read(cls, config: Fields) -> Fp8Blocks | None:
+    def read(cls, config: Fields) -> Quantization | None:
         fields = config.part("quantization_config")
         if fields is None:
             return None
-        fields.choice("quant_method", "fp8")
+        method = fields.choice("quant_method", "fp8", "modelopt", "compressed-tensors")
+        if method == "modelopt":
+            fields.choice("quant_algo", "NVFP4")
+            return cls(None)
+        if method == "compressed-tensors":
+            fields.choice("format", "nvfp4-pack-quantized")
+            return cls(None)
         fields.choice("fmt", "e4m3")
         fields.choice("activation_scheme", "dynamic")
         block = fields.values.get("weight_block_size")
@@ -175,7 +198,7 @@ class ModelConfig:
     tied_head: bool
     eos: tuple[int, ...]
     dtype: str
-    quantization: Fp8Blocks | None
+    quantization: Quantization | None
 
     @staticmethod
     def read_common(fields: Fields) -> dict[str, Any]:
@@ -192,7 +215,7 @@ class ModelConfig:
             "tied_head": fields.flag("tie_word_embeddings", False),
             "eos": token_ids(fields, "eos_token_id"),
             "dtype": fields.choice(dtype, "bfloat16", "float16", "float32"),
-            "quantization": Fp8Blocks.read(fields),
+            "quantization": Quantization.read(fields),
         }
 
 

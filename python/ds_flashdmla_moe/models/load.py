@@ -11,7 +11,7 @@ from torch import nn
 
 from ..qtensor import QTensor
 from .checkpoint import Checkpoint
-from .config import Fields, Fp8Blocks, V3Config, V32Config, read_json
+from .config import Fields, V3Config, V32Config, read_json
 from .language_model import LanguageModel, Part
 from .v3 import DeepseekV3
 from .v4 import DeepseekV4
@@ -38,10 +38,11 @@ def load_model(
     """A language model from a folder with config.json and safetensors: DeepSeek-V3, V3.2 or V4.
 
     The layout is Hugging Face's (``model_type`` deepseek_v3, deepseek_v32, deepseek_v4) or, for V4, that of DeepSeek's
-    release. Weights are float32, bfloat16 or float16, or FP8 E4M3 with a scale per block or MXFP4. In bfloat16 and
-    float16 these stay quantised, and the activations that meet them are rounded to FP8, as in the models' own code;
-    such weights are no parameters. In float32 and float64 scales are multiplied in, and nothing is rounded. Files are
-    mapped and copied tensor by tensor: loading needs little memory beside the model's own.
+    release. Weights are float32, bfloat16 or float16, or quantised: FP8 E4M3 with a scale per block, MXFP4, or NVFP4 as
+    ModelOpt and compressed-tensors write it. In bfloat16 and float16 these stay quantised and are no parameters;
+    activations that meet FP8 and MXFP4 are rounded to FP8, as in the models' own code. In float32 and float64 scales
+    are multiplied in, and nothing is rounded. Files are mapped and copied tensor by tensor: loading needs little memory
+    beside the model's own.
 
     Args:
         path: the folder.
@@ -60,6 +61,10 @@ def load_model(
     """
     folder = Path(path)
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    modelopt = folder / "hf_quant_config.json"
+    if fields.part("quantization_config") is None and modelopt.exists():
+        own = Fields(read_json(modelopt), str(modelopt)).part("quantization")
+        fields.values["quantization_config"] = {"quant_method": "modelopt", **(own.values if own is not None else {})}
     config_type, model_type = MODELS[fields.choice("model_type", *MODELS)]
     if dtype not in (None, *DTYPES):
         raise ValueError(f"load_model: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
@@ -95,13 +100,13 @@ def _fill(model: LanguageModel, checkpoint: Checkpoint, device: torch.device) ->
     for name, stored_parts in parts.items():
         prefix, _, attribute = name.rpartition(".")
         module = model.get_submodule(prefix)
-        scaled = [checkpoint.is_quantised(stored) for stored, _ in stored_parts]
-        if keeps_codes and all(scaled) and isinstance(module, QuantisableWeights):
-            module.quantise(attribute, _codes(checkpoint, stored_parts, model.config.quantization).to(device))
+        formats = {checkpoint.format_of(stored) for stored, _ in stored_parts}
+        if keeps_codes and len(formats) == 1 and None not in formats and isinstance(module, QuantisableWeights):
+            module.quantise(attribute, _codes(checkpoint, stored_parts).to(device))
             continue
         value = torch.empty(empty[name].shape, dtype=empty[name].dtype, device=device)
         for stored, index in stored_parts:
-            value[index].copy_(checkpoint.read(stored, quantization))
+            value[index].copy_(checkpoint.read(stored))
         if attribute in module._parameters:
             module._parameters[attribute] = nn.Parameter(value)
         else:
@@ -111,11 +116,11 @@ def _fill(model: LanguageModel, checkpoint: Checkpoint, device: torch.device) ->
     model.check_values()
 
 
-def _codes(checkpoint: Checkpoint, parts: list[Part], quantization: Fp8Blocks | None) -> QTensor:
+def _codes(checkpoint: Checkpoint, parts: list[Part]) -> QTensor:
     """One quantised matrix, or one for each expert."""
     if not parts[0][1]:
-        return rows_of([checkpoint.read_codes(parts[0][0], quantization)])
+        return rows_of([checkpoint.read_codes(parts[0][0])])
     experts: dict[int | slice, list[QTensor]] = {}
     for stored, index in parts:
-        experts.setdefault(index[0], []).append(checkpoint.read_codes(stored, quantization))
+        experts.setdefault(index[0], []).append(checkpoint.read_codes(stored))
     return stacked([rows_of(matrices) for matrices in experts.values()])

@@ -14,12 +14,11 @@ from .. import ops
 from ..moe import moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
-from ..qtensor import QTensor
 from .cache import PagedCache, PageOrder, Row, Step, stored
 from .config import V3Config
 from .experts import Experts, Mlp, moe_weights
 from .language_model import LanguageModel
-from .weights import Linear
+from .weights import Linear, activation_format
 
 __all__ = ["DeepseekV3"]
 
@@ -153,7 +152,7 @@ class Moe(nn.Module):
             routed_scaling_factor=c.routed_scaling_factor,
             n_group=c.n_group,
             topk_group=c.topk_group,
-            activation_format="fp8" if isinstance(weights.w13, QTensor) else None,
+            activation_format=activation_format(weights.w13),
         )
 
 
@@ -181,16 +180,7 @@ class Backbone(Float32Buffers):
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(Layer(config, layer, attention(layer)) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps)
-        rope = config.rope
-        inv_freq = ops.rope_frequencies(
-            config.d_rope,
-            rope.theta,
-            factor=rope.factor,
-            original_length=rope.original_length,
-            beta_fast=rope.beta_fast,
-            beta_slow=rope.beta_slow,
-        )
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("inv_freq", config.rope.frequencies(config.d_rope), persistent=False)
 
     def forward(self, input_ids: Tensor, step: Step | None) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if step is None else step.positions

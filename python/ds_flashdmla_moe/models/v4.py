@@ -13,14 +13,13 @@ from .. import ops
 from ..moe import moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
-from ..qtensor import QTensor
 from .cache import PageOrder, Row
-from .config import Rope
 from .experts import Experts, Mlp, moe_weights
 from .language_model import LanguageModel
 from .v4_attention import Attention
 from .v4_cache import LayerCache, V4Cache, V4Step
 from .v4_config import V4Config
+from .weights import activation_format
 from .wide import WideParameters
 
 __all__ = ["DeepseekV4"]
@@ -88,7 +87,7 @@ class Moe(nn.Module):
             swiglu_limit=c.swiglu_limit,
             token_ids=None if gate.tid2eid is None else input_ids,
             tid2eid=gate.tid2eid,
-            activation_format="fp8" if isinstance(weights.w13, QTensor) else None,
+            activation_format=activation_format(weights.w13),
         )
 
 
@@ -131,8 +130,8 @@ class Backbone(Float32Buffers):
         self.layers = nn.ModuleList(Layer(config, layer, row, fp4) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps)
         self.hc_head = HyperHead(config)
-        self.register_buffer("inv_freq", _frequencies(config.d_rope, config.rope), persistent=False)
-        self.register_buffer("compress_inv_freq", _frequencies(config.d_rope, config.compress_rope), persistent=False)
+        self.register_buffer("inv_freq", config.rope.frequencies(config.d_rope), persistent=False)
+        self.register_buffer("compress_inv_freq", config.compress_rope.frequencies(config.d_rope), persistent=False)
 
     def forward(self, input_ids: Tensor, step: V4Step | None) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if step is None else step.positions
@@ -142,17 +141,6 @@ class Backbone(Float32Buffers):
             streams = layer(streams, input_ids, positions, inv_freq, step, None if step is None else step.layers[i])
         y: Tensor = self.norm(self.hc_head(streams))
         return y
-
-
-def _frequencies(d_rope: int, rope: Rope) -> Tensor:
-    return ops.rope_frequencies(
-        d_rope,
-        rope.theta,
-        factor=rope.factor,
-        original_length=rope.original_length,
-        beta_fast=rope.beta_fast,
-        beta_slow=rope.beta_slow,
-    )
 
 
 class DeepseekV4(LanguageModel):

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,36 +13,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.float32_buffers import Float32Buffers
+from ..ops._weights import ActivationFormat
 from ..ops.quant_linear import linear
-from ..qtensor import FP8Tensor, MXFP4Tensor, QTensor
+from ..qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor, QTensor
 
-__all__ = ["Linear", "QuantisableWeights", "rows_of", "stacked"]
-
-SCALE = "_scale_inv"
+__all__ = ["Linear", "QuantisableWeights", "activation_format", "rows_of", "stacked"]
 
 
 class QuantisableWeights(Float32Buffers):
-    """A parameter that :meth:`quantise` replaces becomes two buffers: its codes and, ``_scale_inv`` behind its name,
-    their scales. Activations are then rounded to FP8 before the product, as the models' own code does.
+    """A parameter that :meth:`quantise` replaces becomes buffers: its codes and, behind its name, the others in _PARTS.
+
+    A quantised matrix gets no gradient.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._blocks: dict[str, tuple[int, int] | None] = {}
+        self._quantised: dict[str, Callable[..., QTensor]] = {}
 
     def quantise(self, name: str, weight: QTensor) -> None:
-        assert isinstance(weight, FP8Tensor | MXFP4Tensor)
         delattr(self, name)
-        self._blocks[name] = weight.block if isinstance(weight, FP8Tensor) else None
-        self.register_buffer(name, weight.data if isinstance(weight, FP8Tensor) else weight.packed)
-        self.register_buffer(name + SCALE, weight.scales)
+        if isinstance(weight, FP8Tensor):
+            parts = [weight.data, weight.scales]
+            self._quantised[name] = functools.partial(FP8Tensor, block=weight.block)
+        else:
+            parts = [weight.packed, weight.scales]
+            self._quantised[name] = type(weight)
+            if isinstance(weight, NVFP4Tensor):
+                parts.append(weight.global_scale)
+        for suffix, part in zip(_PARTS, parts, strict=False):
+            self.register_buffer(name + suffix, part)
 
     def matrix(self, name: str) -> Tensor | QTensor:
-        weight: Tensor = getattr(self, name)
-        if name not in self._blocks:
+        if name not in self._quantised:
+            weight: Tensor = getattr(self, name)
             return weight
-        scales, block = getattr(self, name + SCALE), self._blocks[name]
-        return MXFP4Tensor(weight, scales) if block is None else FP8Tensor(weight, scales, block)
+        parts = [self._buffers[name + suffix] for suffix in _PARTS if name + suffix in self._buffers]
+        return self._quantised[name](*parts)
+
+
+_PARTS = ("", "_scale_inv", "_global_scale")
+
+
+def activation_format(weight: Tensor | QTensor) -> ActivationFormat | None:
+    """How activations are rounded before they meet a matrix, by the recipe of the models that have its format."""
+    return "fp8" if isinstance(weight, FP8Tensor | MXFP4Tensor) else None
 
 
 class Linear(QuantisableWeights, nn.Linear):
@@ -49,12 +64,14 @@ class Linear(QuantisableWeights, nn.Linear):
         weight = self.matrix("weight")
         if isinstance(weight, Tensor):
             return F.linear(x, weight, self.bias)
-        y = linear(x, weight, "fp8")
+        y = linear(x, weight, activation_format(weight))
         return y if self.bias is None else y + self.bias
 
 
 def rows_of(parts: Sequence[QTensor]) -> QTensor:
     """A copy of matrices of one format below one another: where blocks do not end with a matrix, they get shorter."""
+    if isinstance(parts[0], NVFP4Tensor):
+        return NVFP4Tensor.cat([part for part in parts if isinstance(part, NVFP4Tensor)])
     if isinstance(parts[0], MXFP4Tensor):
         fp4 = [part for part in parts if isinstance(part, MXFP4Tensor)]
         return MXFP4Tensor(_cat([part.packed for part in fp4]), _cat([part.scales for part in fp4]))
@@ -71,8 +88,11 @@ def rows_of(parts: Sequence[QTensor]) -> QTensor:
 
 def stacked(matrices: Sequence[QTensor]) -> QTensor:
     """Matrices of one format and shape, one for each expert."""
-    first = matrices[0]
-    if isinstance(first, MXFP4Tensor):
+    if isinstance(matrices[0], NVFP4Tensor):
+        nv = [matrix for matrix in matrices if isinstance(matrix, NVFP4Tensor)]
+        factors = torch.stack([m.row_scales for m in nv])
+        return NVFP4Tensor(torch.stack([m.packed for m in nv]), _stack_bytes([m.scales for m in nv]), factors)
+    if isinstance(matrices[0], MXFP4Tensor):
         fp4 = [matrix for matrix in matrices if isinstance(matrix, MXFP4Tensor)]
         return MXFP4Tensor(torch.stack([m.packed for m in fp4]), _stack_bytes([m.scales for m in fp4]))
     fp8 = [matrix for matrix in matrices if isinstance(matrix, FP8Tensor)]

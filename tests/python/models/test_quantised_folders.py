@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -98,6 +99,59 @@ def test_v4_in_fp8_and_mxfp4(
     check(tmp_path / "model", tmp_path / "plain", monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nvfp4_is_the_dequantised_weights(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """With activations as they come. Written from the two formats' definitions."""
+    folder = tmp_path / "model"
+    v3(hidden_size=64, moe_intermediate_size=32, q_lora_rank=32, num_experts_per_tok=4).save_pretrained(folder)
+    quantised, dequantised = {}, {}
+    for name, value in read(folder).items():
+        quantised[name] = dequantised[name] = value
+        if re.search("experts|q_a_proj|q_b_proj", name):
+            q = quant.nvfp4_quantize(value)
+            dequantised[name] = q.dequantize()
+            del quantised[name]
+            quantised[name + "_scale"] = q.scales
+            stem = name.removesuffix("weight")
+            if kind == "modelopt":
+                quantised |= {
+                    name: q.packed,
+                    name + "_scale_2": q.global_scale,
+                    stem + "input_scale": torch.tensor(0.5),
+                }
+            else:
+                divisor = (1 / q.global_scale.double()).float()
+                dequantised[name] = dataclasses.replace(q, global_scale=(1 / divisor.double()).float()).dequantize()
+                quantised |= {name + "_packed": q.packed, name + "_global_scale": divisor.reshape(1)}
+                quantised[stem + "input_global_scale"] = torch.ones(1)
+    write(Path(shutil.copytree(folder, tmp_path / "plain")), dequantised)
+    write(folder, quantised)
+    if kind == "modelopt":
+        (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}')
+    else:
+        recipe = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+        change_config(folder, quantization_config=recipe)
+    got = load_model(folder, dtype=dtype)
+    want = load_model(tmp_path / "plain", dtype=torch.float32, kv_cache_dtype="fp32")
+    if dtype == torch.float32:
+        assert all(torch.equal(value, want.state_dict()[name]) for name, value in got.state_dict().items())
+    else:
+        experts = got.model.layers[1].mlp.experts
+        assert experts.gate_up_proj.dtype == torch.uint8
+        assert torch.equal(experts.matrix("gate_up_proj").dequantize(), want.model.layers[1].mlp.experts.gate_up_proj)
+        x = torch.randn(2, 5, 64).bfloat16()
+        projection, like = (model.model.layers[1].self_attn.q_a_proj for model in (got, want))
+        exact = torch.nn.functional.linear(x.double(), like.weight.double())
+        assert (projection(x) - exact).abs().max() < 2**-8 * exact.abs().max()
+        assert got(IDS).isfinite().all()
+
+    name = next(name for name in quantised if name.endswith("_scale"))
+    write(folder, {n: t for n, t in quantised.items() if n != name})
+    with pytest.raises(ValueError, match=f"missing tensor {name}|{name.removesuffix('_scale')}"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("rows", [(16, 16), (24, 24), (5, 7), (32, 8)])
 def test_codes_below_one_another_stand_for_the_same_numbers(rows: tuple[int, int]) -> None:
     parts = [torch.randn(count, 64) for count in rows]
@@ -105,6 +159,9 @@ def test_codes_below_one_another_stand_for_the_same_numbers(rows: tuple[int, int
         q8 = [quant.fp8_block_quantize(part, BLOCK, scale_format) for part in parts]
         assert torch.equal(rows_of(q8).dequantize(), torch.cat([q.dequantize() for q in q8]))
         assert torch.equal(stacked([q8[0], q8[0]]).dequantize()[1], q8[0].dequantize())
+    nv = [quant.nvfp4_quantize(part) for part in parts]
+    assert torch.equal(rows_of(nv).dequantize(), torch.cat([q.dequantize() for q in nv]))
+    assert torch.equal(stacked([rows_of(nv), rows_of(nv)]).dequantize()[1], rows_of(nv).dequantize())
     q4 = [quant.mxfp4_quantize(part) for part in parts]
     assert torch.equal(rows_of(q4).dequantize(), torch.cat([q.dequantize() for q in q4]))
     assert torch.equal(stacked([q4[0], q4[0]]).dequantize()[1], q4[0].dequantize())
