@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 
-__all__ = ["PAGE_SIZE", "PageOrder", "PagedCache", "Pages", "Row", "Step", "stored"]
+__all__ = ["PAGE_SIZE", "PageOrder", "PagedCache", "Pages", "Row", "Step", "cache_row", "stored"]
 
 PAGE_SIZE = 64
 
@@ -28,6 +28,17 @@ class Row:
 
     def pages(self, count: int, device: torch.device) -> Tensor:
         return torch.zeros(count, PAGE_SIZE, 1, self.width, dtype=self.dtype, device=device)
+
+
+def cache_row(kv_cache_dtype: str, width: int, own: Row, fp8: Row | None) -> Row:
+    """The row that a cache format has of ``width`` numbers; ``own`` is the model's for "auto", ``fp8`` its FP8 one."""
+    rows = {"auto": own, "bf16": Row(width, torch.bfloat16), "fp32": Row(width, torch.float32)}
+    if fp8 is not None:
+        rows["fp8"] = fp8
+    if kv_cache_dtype not in rows:
+        known = ", ".join(f'"{name}"' for name in rows)
+        raise ValueError(f"kv_cache_dtype must be one of {known} for this model, got {kv_cache_dtype!r}")
+    return rows[kv_cache_dtype]
 
 
 @dataclass(frozen=True)

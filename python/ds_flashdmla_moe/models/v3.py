@@ -14,7 +14,7 @@ from .. import ops
 from ..moe import moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
-from .cache import PagedCache, PageOrder, Row, Step, stored
+from .cache import PagedCache, PageOrder, Row, Step, cache_row, stored
 from .config import V3Config
 from .experts import Experts, Mlp, moe_weights
 from .language_model import LanguageModel
@@ -211,10 +211,8 @@ class DeepseekV3(LanguageModel):
     @staticmethod
     def cache_rows(config: V3Config, dtype: torch.dtype, kv_cache_dtype: str) -> tuple[Row, ...]:
         """What caches hold of a token; ValueError for a format that there is not."""
-        formats = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}
-        if kv_cache_dtype not in formats:
-            raise ValueError(f'kv_cache_dtype must be "auto", "bf16" or "fp32" for this model, got {kv_cache_dtype!r}')
-        return (Row(config.d_latent + config.d_rope, formats[kv_cache_dtype]),)
+        width = config.d_latent + config.d_rope
+        return (cache_row(kv_cache_dtype, width, Row(width, dtype), None),)
 
     def attention(self, layer: int) -> Attention:
         return Attention(self.config, layer, self.rows[0])
@@ -247,4 +245,6 @@ class DeepseekV3(LanguageModel):
         heads = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
         names = "|".join(map(re.escape, sorted(parts | {f"{head}.weight" for head in heads})))
         drafts = "|".join(map(str, range(c.layers, c.layers + c.draft_layers)))
-        return re.compile(rf"{angles}|model\.layers\.(?:{drafts})\.(?:{names})(?:_scale_inv)?")
+        scales = "_scale_inv|_packed|_scale|_scale_2|_global_scale"
+        draft = rf"model\.layers\.(?:{drafts})\.(?:(?:{names})(?:{scales})?|.*\.input_(?:global_)?scale)"
+        return re.compile(rf"{angles}|{draft}")

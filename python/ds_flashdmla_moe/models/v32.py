@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .cache import Row, Step
+from .cache import Row, Step, cache_row
 from .config import V3Config, V32Config
 from .v3 import Attention, DeepseekV3
 from .weights import Linear
@@ -149,16 +149,9 @@ class DeepseekV32(DeepseekV3):
     @staticmethod
     def cache_rows(config: V3Config, dtype: torch.dtype, kv_cache_dtype: str) -> tuple[Row, ...]:
         assert isinstance(config, V32Config)
-        fp8 = (config.d_latent, config.d_rope) == (512, 64)
-        if kv_cache_dtype == "auto":
-            kv_cache_dtype = "fp8" if fp8 else "bf16"
-        if kv_cache_dtype == "fp8":
-            if not fp8:
-                got = f"{config.d_latent} + {config.d_rope}"
-                raise ValueError(f'kv_cache_dtype "fp8" is for rows of 512 + 64 numbers, got {got}')
-            row = Row(656, torch.uint8)
-        else:
-            (row,) = DeepseekV3.cache_rows(config, dtype, kv_cache_dtype)
+        width = config.d_latent + config.d_rope
+        fp8 = Row(656, torch.uint8) if (config.d_latent, config.d_rope) == (512, 64) else None
+        row = cache_row(kv_cache_dtype, width, fp8 or Row(width, torch.bfloat16), fp8)
         if DeepseekV32.fp8_indexer(config, dtype):
             return row, Row(config.index_dim + 4, torch.uint8)
         return row, Row(config.index_dim, dtype)

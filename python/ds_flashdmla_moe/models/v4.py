@@ -13,7 +13,7 @@ from .. import ops
 from ..moe import moe_megakernel_fwd
 from ..nn.float32_buffers import Float32Buffers
 from ..nn.norm import RMSNorm
-from .cache import PageOrder, Row
+from .cache import PageOrder, Row, cache_row
 from .experts import Experts, Mlp, moe_weights
 from .language_model import LanguageModel
 from .v4_attention import Attention
@@ -164,20 +164,8 @@ class DeepseekV4(LanguageModel):
 
     @staticmethod
     def cache_row(config: V4Config, kv_cache_dtype: str) -> Row:
-        fp8 = (config.head_dim, config.d_rope) == (512, 64)
-        if kv_cache_dtype == "auto":
-            kv_cache_dtype = "fp8" if fp8 else "bf16"
-        if kv_cache_dtype == "fp8" and not fp8:
-            got = f"{config.head_dim} of which {config.d_rope} are rotated"
-            raise ValueError(f'kv_cache_dtype "fp8" is for rows of 512 numbers of which 64 are rotated, got {got}')
-        rows = {
-            "fp8": Row(584, torch.uint8),
-            "bf16": Row(config.head_dim, torch.bfloat16),
-            "fp32": Row(config.head_dim, torch.float32),
-        }
-        if kv_cache_dtype not in rows:
-            raise ValueError(f'kv_cache_dtype must be "auto", "bf16", "fp32" or "fp8", got {kv_cache_dtype!r}')
-        return rows[kv_cache_dtype]
+        fp8 = Row(584, torch.uint8) if (config.head_dim, config.d_rope) == (512, 64) else None
+        return cache_row(kv_cache_dtype, config.head_dim, fp8 or Row(config.head_dim, torch.bfloat16), fp8)
 
     def hidden(self, input_ids: Tensor, step: V4Step | None) -> Tensor:
         y: Tensor = self.model(input_ids, step)

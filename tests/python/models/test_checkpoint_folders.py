@@ -16,9 +16,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_folders import YARN, change_config, read, v3, write, write_shards
+from model_folders import YARN, change_config, read, v3, v4, write, write_shards
 from torch import Tensor
 
+from ds_flashdmla_moe import quant
 from ds_flashdmla_moe.models import load_model
 
 IDS = torch.tensor([[1, 5, 2, 90, 33, 4]])
@@ -276,13 +277,37 @@ def test_cut_off_and_too_long_files(folder: Path) -> None:
             load_model(folder)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek-V4 with experts in MXFP4 and the other matrices in FP8."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("quantised")
+    v4(hidden_size=64, moe_intermediate_size=32).save_pretrained(path)
+    tensors = read(path)
+    for name, value in list(tensors.items()):
+        scale = name.removesuffix("weight") + "scale"
+        if "ffn.experts" in name:
+            fp4 = quant.mxfp4_quantize(value)
+            tensors[name], tensors[scale] = fp4.packed.view(torch.int8), fp4.scales
+        elif ".wq_" in name or "shared_experts" in name:
+            fp8 = quant.fp8_block_quantize(value, (16, 32), "ue8m0")
+            tensors[name], tensors[scale] = fp8.data, fp8.scales
+    write(path, tensors)
+    recipe = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    change_config(path, quantization_config=recipe, dtype="bfloat16")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["original", "quantised"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_mutated_folders_load_or_raise_value_error(original: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_mutated_folders_load_or_raise_value_error(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, data: st.DataObject
+) -> None:
     """Random bytes over, into and out of the header, the config and the index."""
     folder = tmp_path / "mutated"
     if not folder.exists():
-        shutil.copytree(original, folder)
+        shutil.copytree(request.getfixturevalue(kind), folder)
         write_shards(folder, 2)
     names = ["config.json", INDEX_FILE, "model-00001-of-00002.safetensors"]
     path = folder / data.draw(st.sampled_from(names))
