@@ -1,6 +1,7 @@
 # Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 """Quantised tensors, how they are made, and products with them."""
 
+from .models.quantize import QuantizedFolder, quantize_model
 from .ops.quant import (
     fp8_block_quantize,
     fp8_quantize,
@@ -17,6 +18,7 @@ __all__ = [
     "MXFP4Tensor",
     "NVFP4Tensor",
     "QTensor",
+    "QuantizedFolder",
     "fp8_block_quantize",
     "fp8_quantize",
     "linear",
@@ -24,4 +26,5 @@ __all__ = [
     "mxfp4_to_fp8",
     "mxfp4_to_nvfp4",
     "nvfp4_quantize",
+    "quantize_model",
 ]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, demo, doctor, env, explain, generate, train
+from . import bench, demo, doctor, env, explain, generate, quantize, train
 
 __all__ = ["app", "main"]
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, train, generate, env, doctor, explain, bench):
+for module in (demo, train, generate, quantize, env, doctor, explain, bench):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 _debug = False

@@ -41,6 +41,7 @@ class Checkpoint:
         self.tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Any] = {}
         self._storage: dict[str, Storage] = {}
+        self.weights: dict[str, list[str]] = {}  # after check: the stored tensors of each one of the model
         weight_map = _weight_map(folder)
         for file in sorted({*weight_map.values()}) if weight_map is not None else [_only_file(folder)]:
             self._open(file)
@@ -93,6 +94,7 @@ class Checkpoint:
                 self._storage[name], parts = storage, storage.tensors
                 known.update(storage.unused)
             known.update(parts)
+            self.weights[name] = [*parts, *(() if storage is None else storage.unused)]
             missing += [part for part in parts if part not in self.tensors]
             for part, (kinds, part_shape) in parts.items():
                 if part in self.tensors:
@@ -123,6 +125,10 @@ class Checkpoint:
         """A quantised tensor that ``check`` has passed."""
         storage = self._storage[name]
         return storage.assemble([self._mapped(part) for part in storage.tensors])
+
+    def read_stored(self, name: str) -> Tensor:
+        """One stored tensor as it is."""
+        return self._mapped(name)
 
     def _mapped(self, name: str) -> Tensor:
         stored = self.tensors[name]

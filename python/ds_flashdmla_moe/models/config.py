@@ -169,12 +169,12 @@ class Quantization:
         fields = config.part("quantization_config")
         if fields is None:
             return None
-        method = fields.choice("quant_method", "fp8", "modelopt", "compressed-tensors")
-        if method == "modelopt":
-            fields.choice("quant_algo", "NVFP4")
+        method = fields.choice("quant_method", "fp8", "modelopt", "modelopt_fp4", "compressed-tensors")
+        if method.startswith("modelopt"):
+            fields.choice("quant_algo", "NVFP4", "W4A16_NVFP4", "MXFP4")
             return cls(None)
         if method == "compressed-tensors":
-            fields.choice("format", "nvfp4-pack-quantized")
+            fields.choice("format", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
             return cls(None)
         fields.choice("fmt", "e4m3")
         fields.choice("activation_scheme", "dynamic")

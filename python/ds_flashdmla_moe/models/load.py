@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..qtensor import QTensor
 from .checkpoint import Checkpoint
 from .config import Fields, V3Config, V32Config, read_json
 from .language_model import LanguageModel, Part
+from .storage import owner
 from .v3 import DeepseekV3
 from .v4 import DeepseekV4
 from .v4_config import V4Config
 from .v32 import DeepseekV32
 from .weights import QuantisableWeights, rows_of, stacked
 
-__all__ = ["load_model"]
+__all__ = ["MODELOPT_FILE", "load_model", "open_model"]
+
+MODELOPT_FILE = "hf_quant_config.json"
+CACHE_SCALE = re.compile(r"\.self_attn\.(?:\w+\.)?[kv]_scale$")  # ModelOpt's, for caches that are not used here
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "deepseek_v3": (V3Config, DeepseekV3),
@@ -59,9 +64,17 @@ def load_model(
         ValueError: a file cannot be read, a value of config.json is impossible or not supported, or a tensor is
             missing, not of the model, or of another shape or dtype. The message names it.
     """
-    folder = Path(path)
+    model, checkpoint = open_model(Path(path), dtype, kv_cache_dtype)
+    _fill(model, checkpoint, torch.device(device or "cpu"))
+    return model.eval()
+
+
+def open_model(
+    folder: Path, dtype: torch.dtype | None = None, kv_cache_dtype: str = "auto"
+) -> tuple[LanguageModel, Checkpoint]:
+    """A model without memory, and the checkpoint that has been found to hold its tensors."""
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
-    modelopt = folder / "hf_quant_config.json"
+    modelopt = folder / MODELOPT_FILE
     if fields.part("quantization_config") is None and modelopt.exists():
         own = Fields(read_json(modelopt), str(modelopt)).part("quantization")
         fields.values["quantization_config"] = {"quant_method": "modelopt", **(own.values if own is not None else {})}
@@ -79,32 +92,44 @@ def load_model(
     with torch.device("meta"):
         model: LanguageModel = model_type(config, dtype, kv_cache_dtype)
     checkpoint.rename(model.stored_name)
-    _fill(model, checkpoint, torch.device(device or "cpu"))
-    return model.eval()
+    expected = {
+        stored: (value.dtype, tuple(value[index].shape))
+        for name, value in _stored(model).items()
+        for stored, index in model.stored_parts(name)
+    }
+    tied = model.config.tied_head
+
+    def is_unused(name: str) -> bool:
+        if tied and name == "lm_head.weight":
+            return True
+        return model.is_unused(owner(name)) or (
+            config.quantization is not None and CACHE_SCALE.search(name) is not None
+        )
+
+    checkpoint.check(expected, is_unused, config.quantization)
+    return model, checkpoint
+
+
+def _stored(model: LanguageModel) -> dict[str, Tensor]:
+    """The parameters and buffers that a checkpoint holds."""
+    values: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if model.config.tied_head:
+        del values["lm_head.weight"]
+    return values
 
 
 def _fill(model: LanguageModel, checkpoint: Checkpoint, device: torch.device) -> None:
     """Give a model without memory its parameters and buffers."""
-    empty = model.state_dict(keep_vars=True)
-    if model.config.tied_head:
-        del empty["lm_head.weight"]
-    parts = {name: list(model.stored_parts(name)) for name in empty}
-    expected = {
-        stored: (empty[name].dtype, tuple(empty[name][index].shape))
-        for name, stored_parts in parts.items()
-        for stored, index in stored_parts
-    }
-    quantization, tied = model.config.quantization, model.config.tied_head
-    checkpoint.check(expected, lambda name: model.is_unused(name) or (tied and name == "lm_head.weight"), quantization)
     keeps_codes = model.lm_head.weight.dtype in (torch.bfloat16, torch.float16)
-    for name, stored_parts in parts.items():
+    for name, like in _stored(model).items():
+        stored_parts = list(model.stored_parts(name))
         prefix, _, attribute = name.rpartition(".")
         module = model.get_submodule(prefix)
         formats = {checkpoint.format_of(stored) for stored, _ in stored_parts}
         if keeps_codes and len(formats) == 1 and None not in formats and isinstance(module, QuantisableWeights):
             module.quantise(attribute, _codes(checkpoint, stored_parts).to(device))
             continue
-        value = torch.empty(empty[name].shape, dtype=empty[name].dtype, device=device)
+        value = torch.empty(like.shape, dtype=like.dtype, device=device)
         for stored, index in stored_parts:
             value[index].copy_(checkpoint.read(stored))
         if attribute in module._parameters:

@@ -6,6 +6,7 @@ format                  codes               scales                 factor       
 ======================  ==================  =====================  =========================  ==============
 DeepSeek FP8            weight              weight_scale_inv
 DeepSeek MXFP4          weight              weight_scale_inv
+MXFP4                   weight, or _packed  weight_scale                                      input_scale
 ModelOpt NVFP4          weight              weight_scale           weight_scale_2             input_scale
 compressed-tensors      weight_packed       weight_scale           weight_global_scale        input_global_scale
 ======================  ==================  =====================  =========================  ==============
@@ -13,6 +14,7 @@ compressed-tensors      weight_packed       weight_scale           weight_global
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor, QTensor
 
-__all__ = ["Storage", "storage_of"]
+__all__ = ["Storage", "owner", "storage_of"]
 
 Kinds = tuple[str, ...]  # safetensors' names of dtypes
 Layout = dict[str, tuple[Kinds, tuple[int, ...]]]
@@ -61,30 +63,37 @@ def storage_of(
         return None
     rows, columns = shape
     layout: Layout
-    if packed or f"{name}_scale" in dtypes:
-        _check_columns(name, columns, 16)
-        stem = name.removesuffix("weight")
-        layout = {
-            f"{name}_packed" if packed else name: (("U8",), (rows, columns // 2)),
-            f"{name}_scale": (("F8_E4M3",), (rows, columns // 16)),
-        }
-        if packed:
-            layout[f"{name}_global_scale"] = (("F32",), (1,))
-            return Storage("compressed-tensors", layout, (f"{stem}input_global_scale",))
-        layout[f"{name}_scale_2"] = (("F32",), ())
-        return Storage("modelopt", layout, (f"{stem}input_scale",))
     if dtype == "F8_E4M3":
         if block is None:
             return None
         blocks = (-(-rows // block[0]), -(-columns // block[1]))
         layout = {name: (("F8_E4M3",), shape), f"{name}_scale_inv": (("F8_E8M0", *FLOATS), blocks)}
         return Storage("fp8", layout, block=block)
+    in_pairs: Kinds = ("F4",) if dtype == "F4" else ("I8", "U8")
+    codes = {f"{name}_packed" if packed else name: (in_pairs, (rows, columns if dtype == "F4" else columns // 2))}
+    stem, scale, factor = (
+        name.removesuffix("weight"),
+        f"{name}_scale",
+        name + ("_global_scale" if packed else "_scale_2"),
+    )
+    unused = f"{stem}input_global_scale" if packed else f"{stem}input_scale"
+    if factor in dtypes or dtypes.get(scale) == "F8_E4M3":
+        _check_columns(name, columns, 16)
+        layout = {**codes, scale: (("F8_E4M3",), (rows, columns // 16)), factor: (("F32",), (1,) if packed else ())}
+        return Storage("compressed-tensors" if packed else "modelopt", layout, (unused,))
+    if not packed and scale not in dtypes and block is not None:
+        scale = f"{name}_scale_inv"
     _check_columns(name, columns, 32)
-    layout = {
-        name: (("F4",), shape) if dtype == "F4" else (("I8", "U8"), (rows, columns // 2)),
-        f"{name}_scale_inv": (("F8_E8M0", "U8"), (rows, columns // 32)),
-    }
-    return Storage("mxfp4", layout)
+    return Storage("mxfp4", {**codes, scale: (("F8_E8M0", "U8"), (rows, columns // 32))}, (unused,))
+
+
+_COMPANION = re.compile(r"weight_(?:scale|scale_inv|scale_2|packed|global_scale)|input_(?:scale|global_scale)")
+
+
+def owner(tensor: str) -> str:
+    """The matrix that a stored tensor belongs to: x.weight for x.weight_scale; itself for others."""
+    stem, _, last = tensor.rpartition(".")
+    return f"{stem}.weight" if _COMPANION.fullmatch(last) else tensor
 
 
 def _check_columns(name: str, columns: int, group: int) -> None:

@@ -1,0 +1,295 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""From a model folder to one whose matrices are quantised, shard by shard; what is interrupted can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..ops.quant import fp8_block_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
+from ..qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor, QTensor
+from .checkpoint import INDEX
+from .config import read_json
+from .load import MODELOPT_FILE, open_model
+from .weights import QuantisableWeights
+
+__all__ = ["QuantizedFolder", "WeightFormat", "quantize_model"]
+
+WeightFormat = Literal["nvfp4", "mxfp4", "fp8"]
+GROUP = {"nvfp4": 16, "mxfp4": 32, "fp8": 1}  # columns of which a matrix must have a multiple
+FP8_BLOCK = (128, 128)
+RECORD = "dsm_quantize.json"  # in the output folder: what it is made of
+COPIED = {".json", ".jinja", ".model", ".txt"}  # tokenizers and the like
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """``quantized`` matrices of ``weights`` tensors, and the bytes of all before and after."""
+
+    quantized: int
+    weights: int
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_model(
+    model: str | Path,
+    out: str | Path,
+    to: WeightFormat,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizedFolder:
+    """Write a model folder with its matrices quantised, which :func:`models.load_model` reads.
+
+    Quantised are the matrices of routed and shared experts, of dense feed-forward layers and of attention. Not
+    quantised are norms, biases, gates, embeddings, the head, ``kv_b_proj`` (which is absorbed into queries and output),
+    V4's ``o_a_proj``, compressors and hyper-connections, the indexer's ``weights_proj``, blocks that predict further
+    tokens, and matrices whose columns are no multiple of the format's group; config.json lists the modules.
+
+    The source may be quantised itself: MXFP4 turns into the other formats without change of a number where their
+    ranges allow it, a matrix that has the wanted format is kept, and others are quantised from the numbers they stand
+    for.
+
+    The output folder must be new, empty, or one that was begun from the same source and format: shards that are
+    finished are kept then. Files are written under other names and renamed, the index and config.json last, so a folder
+    that is not finished does not load.
+
+    Args:
+        model: the source folder; see :func:`models.load_model`.
+        out: the output folder.
+        to: ``"nvfp4"`` (ModelOpt's layout; gate and up projections share their global scale), ``"mxfp4"``
+            (compressed-tensors' ``mxfp4-pack-quantized``) or ``"fp8"`` (blocks of 128 × 128, DeepSeek's layout).
+        progress: called with the tensors done and their number, after each.
+
+    Returns:
+        How much was quantised.
+
+    Raises:
+        ValueError: the source is not a model, holds values that are not finite, or ``out`` holds something else.
+        OSError: a file cannot be written.
+    """
+    if to not in get_args(WeightFormat):
+        raise ValueError(f"quantize_model: to must be {' or '.join(get_args(WeightFormat))}, got {to!r}")
+    source, target = Path(model), Path(out)
+    plan = _Plan(source, to)
+    _claim(target, plan.record(), source)
+    done = 0
+    for shard, names in plan.shards.items():
+        if not _is_finished(target / shard, plan.stored_names(names)):
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensors.update(plan.encode(name))
+                if progress is not None:
+                    progress(done + 1, plan.count)
+                done += 1
+            _replace(target / shard, lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"}))  # type: ignore[misc]
+        elif progress is not None:
+            progress(done := done + len(names), plan.count)
+        else:
+            done += len(names)
+    for file in sorted(source.iterdir()):
+        made = (INDEX, MODELOPT_FILE, RECORD, "config.json")
+        if file.suffix in COPIED and file.name not in made and file.is_file():
+            _replace(target / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+    shard_of = {tensor: shard for shard, names in plan.shards.items() for tensor in plan.stored_names(names)}
+    size = sum((target / shard).stat().st_size for shard in plan.shards)
+    if (source / INDEX).exists():
+        _write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
+    _write_json(target / "config.json", plan.config())
+    before = sum((source / shard).stat().st_size for shard in plan.shards)
+    return QuantizedFolder(len(plan.quantised), plan.count, before, size)
+
+
+class _Plan:
+    """Which tensors become what, and in which file each one will be."""
+
+    def __init__(self, source: Path, to: WeightFormat) -> None:
+        self.source, self.to = source, to
+        self.model, self.checkpoint = open_model(source)
+        self.dtype = getattr(torch, self.model.config.dtype)
+        self.quantised = set(self._quantisable())
+        parts = {part for stored in self.checkpoint.weights.values() for part in stored}
+        unused = [name for name in self.checkpoint.tensors if name not in parts]
+        self.shards: dict[str, list[str]] = {}
+        for name in sorted({*self.checkpoint.weights, *unused}):
+            codes, *_ = self.checkpoint.weights.get(name, [name])
+            self.shards.setdefault(self.checkpoint.tensors[codes].file, []).append(name)
+        self.shards = dict(sorted(self.shards.items()))
+        self.count = sum(map(len, self.shards.values()))
+
+    def _quantisable(self) -> Iterator[str]:
+        """The stored matrices whose modules take codes, and whose rows are whole groups."""
+        for module_name, module in self.model.named_modules():
+            if not isinstance(module, QuantisableWeights):
+                continue
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() >= 2 and parameter.shape[-1] % GROUP[self.to] == 0:
+                    for stored, _ in self.model.stored_parts(f"{module_name}.{attribute}"):
+                        yield stored
+
+    def stored_names(self, names: list[str]) -> list[str]:
+        suffixes = {
+            "nvfp4": ("", "_scale", "_scale_2"),
+            "mxfp4": ("_packed", "_scale"),
+            "fp8": ("", "_scale_inv"),
+        }[self.to]
+        return [name + suffix for name in names for suffix in (suffixes if name in self.quantised else ("",))]
+
+    def encode(self, name: str) -> dict[str, Tensor]:
+        """The tensors to store of one that there is."""
+        if name not in self.checkpoint.weights:
+            return {name: self.checkpoint.read_stored(name)}
+        weight = self.checkpoint.read_codes(name) if self.checkpoint.format_of(name) else self.checkpoint.read(name)
+        if name not in self.quantised:
+            return {name: weight if isinstance(weight, Tensor) else weight.dequantize(self.dtype)}
+        q = self._quantise(name, weight)
+        if isinstance(q, FP8Tensor):
+            parts = [q.data, q.scales.float()]
+        elif isinstance(q, MXFP4Tensor):
+            parts = [q.packed, q.scales.view(torch.uint8)]
+        else:
+            parts = [q.packed, q.scales, q.global_scale]
+        # Copies, for parts may be views of mapped files.
+        return {stored: part.clone() for stored, part in zip(self.stored_names([name]), parts, strict=True)}
+
+    def _quantise(self, name: str, weight: Tensor | QTensor) -> QTensor:
+        if self.to == "mxfp4":
+            return weight if isinstance(weight, MXFP4Tensor) else mxfp4_quantize(self._numbers(name, weight))
+        if self.to == "fp8":
+            if isinstance(weight, FP8Tensor) and weight.block == FP8_BLOCK:
+                return weight
+            exact = _exact(mxfp4_to_fp8, weight)
+            return exact or fp8_block_quantize(self._numbers(name, weight), FP8_BLOCK, "fp32")
+        if isinstance(weight, NVFP4Tensor):
+            return weight
+        return _exact(mxfp4_to_nvfp4, weight) or self._nvfp4(name, self._numbers(name, weight))
+
+    def _nvfp4(self, name: str, weight: Tensor) -> NVFP4Tensor:
+        """With one global scale for the gate and the up projection of an expert, which run as one."""
+        amax = weight.abs().amax()
+        partner = name.replace(".up_proj.", ".gate_proj.") if ".up_proj." in name else ""
+        partner = partner or (name.replace(".gate_proj.", ".up_proj.") if ".gate_proj." in name else "")
+        if partner in self.quantised:
+            amax = torch.maximum(amax, self.checkpoint.read(partner).abs().amax().to(amax.dtype))
+        return nvfp4_quantize(weight, amax.float() / 2688 if amax > 0 else None)
+
+    def _numbers(self, name: str, weight: Tensor | QTensor) -> Tensor:
+        numbers = weight if isinstance(weight, Tensor) else weight.dequantize()
+        if not numbers.isfinite().all():
+            raise ValueError(f"{self.source}: {name} holds numbers that are not finite, which cannot be quantised")
+        return numbers
+
+    def record(self) -> dict[str, Any]:
+        """What decides the output: the format, the config, and the weight files by size and time of change."""
+        files = {shard: (self.source / shard).stat() for shard in self.shards}
+        return {
+            "format": self.to,
+            "config": hashlib.sha256((self.source / "config.json").read_bytes()).hexdigest(),
+            "files": {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in files.items()},
+        }
+
+    def config(self) -> dict[str, Any]:
+        """config.json for the new folder."""
+        checkpoint = self.checkpoint
+        kept = sorted(
+            name.removesuffix(".weight")
+            for name, parts in checkpoint.weights.items()
+            if name.endswith(".weight") and name not in self.quantised and len(checkpoint.tensors[parts[0]].shape) == 2
+        )
+        group: dict[str, Any] = {"num_bits": 4, "type": "float", "group_size": GROUP[self.to], "dynamic": False}
+        recipes: dict[str, dict[str, Any]] = {
+            "fp8": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": list(FP8_BLOCK),
+                "modules_to_not_convert": kept,
+            },
+            "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": kept}
+            | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": group}}},
+            "mxfp4": {
+                "quant_method": "compressed-tensors",
+                "format": "mxfp4-pack-quantized",
+                "config_groups": {
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {**group, "strategy": "group", "symmetric": True, "scale_dtype": "torch.uint8"},
+                        "input_activations": None,
+                        "output_activations": None,
+                    }
+                },
+                "ignore": kept,
+                "quantization_status": "compressed",
+            },
+        }
+        config = read_json(self.source / "config.json")
+        config.pop("expert_dtype", None)  # of the release, about the experts' codes
+        return {**config, "quantization_config": recipes[self.to]}
+
+
+def _exact(convert: Callable[[MXFP4Tensor], QTensor], weight: Tensor | QTensor) -> Any:
+    """MXFP4 in another format; None where that would change a number, or the weight is not MXFP4."""
+    try:
+        return convert(weight) if isinstance(weight, MXFP4Tensor) else None
+    except ValueError:
+        return None
+
+
+def _claim(target: Path, record: dict[str, Any], source: Path) -> None:
+    """Take the output folder, or ValueError if something else is there."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is not a folder")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target} is the model itself")
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / RECORD
+    if path.exists():
+        if read_json(path) != record:
+            raise ValueError(f"{target} was made of another model or in another format; choose another folder")
+        return
+    others = [file.name for file in target.iterdir() if file.name != RECORD + ".part"]
+    if others:
+        raise ValueError(f"{target} holds other files ({sorted(others)[0]}), which are not overwritten")
+    _write_json(path, record)
+
+
+def _is_finished(path: Path, names: list[str]) -> bool:
+    """Whether a file holds these tensors; it was renamed only when it was whole."""
+    if not path.is_file():
+        return False
+    try:
+        file: Any = safe_open(path, framework="pt")
+        return sorted(file.keys()) == sorted(names)
+    except (OSError, SafetensorError):
+        return False
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _replace(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file as it was or, once it is whole and on the disk, as ``write`` makes it."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {part}: {error}") from error
+    for end in (part, path.parent):
+        if end == path.parent:
+            os.replace(part, path)
+        descriptor = os.open(end, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

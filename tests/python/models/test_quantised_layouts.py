@@ -1,0 +1,145 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""What ModelOpt and compressed-tensors write beside the codes, and what is said of tensors that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_folders import change_config, read, v3, write
+from torch import Tensor
+
+from ds_flashdmla_moe import quant
+from ds_flashdmla_moe.models import load_model
+
+IDS = torch.arange(12)[None]
+EXPERT = "model.layers.1.mlp.experts.2"
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=["nvfp4", "mxfp4"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("packed")
+    v3(hidden_size=64, moe_intermediate_size=32, num_experts_per_tok=3).save_pretrained(path / "plain")
+    quant.quantize_model(path / "plain", path / request.param, request.param)
+    return request.param, path / request.param
+
+
+def copy(packed: tuple[str, Path], to: Path, change: Callable[[Tensors], Any] = lambda t: None, **config: Any) -> Path:
+    """A copy with other tensors and another quantization_config."""
+    tensors = read(packed[1])
+    change(tensors)
+    to.mkdir()
+    (to / "config.json").write_bytes((packed[1] / "config.json").read_bytes())
+    if config:
+        change_config(to, quantization_config=config)
+    write(to, tensors)
+    return to
+
+
+def as_modelopt(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("_packed")]:
+        tensors[name.removesuffix("_packed")] = tensors.pop(name)
+
+
+def as_compressed_tensors(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("_scale_2")]:
+        weight = name.removesuffix("_scale_2")
+        tensors[weight + "_packed"] = tensors.pop(weight)
+        tensors[weight + "_global_scale"] = (1 / tensors.pop(name).double()).float().reshape(1)
+        tensors[weight.removesuffix("weight") + "input_global_scale"] = torch.ones(1)
+
+
+def with_unused_scales(tensors: Tensors) -> None:
+    """For activations and caches in formats that are not used here."""
+    as_modelopt(tensors)
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        tensors[name.removesuffix("weight_scale") + "input_scale"] = torch.tensor(0.25)
+    for part in "kv":
+        tensors[f"model.layers.0.self_attn.{part}_proj.{part}_scale"] = torch.tensor(1.0)
+
+
+def test_all_layouts_are_the_same_model(packed: tuple[str, Path], tmp_path: Path) -> None:
+    to, folder = packed
+    want = load_model(folder, kv_cache_dtype="fp32")(IDS)
+    algorithm = to.upper()
+    modelopt = copy(packed, tmp_path / "a", with_unused_scales, quant_method="modelopt_fp4", quant_algo=algorithm)
+    assert torch.equal(load_model(modelopt, kv_cache_dtype="fp32")(IDS), want)
+    change_config(modelopt, quantization_config=None)
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}}
+    (modelopt / "hf_quant_config.json").write_text(json.dumps(own))
+    assert torch.equal(load_model(modelopt, kv_cache_dtype="fp32")(IDS), want)
+    recipe = {"quant_method": "compressed-tensors", "format": f"{to}-pack-quantized"}
+    compressed = load_model(copy(packed, tmp_path / "b", as_compressed_tensors, **recipe), kv_cache_dtype="fp32")(IDS)
+    # The reciprocal of a reciprocal may be the neighbour of a global scale.
+    assert (compressed - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, w: t.pop(f"{w}_scale"), rf"missing tensors? {EXPERT}\.up_proj\.weight_scale"),
+        (lambda t, w: t.update({f"{w}_scale": t[f"{w}_scale"][:, :1].contiguous()}), r"weight_scale must have shape"),
+        (lambda t, w: t.update({f"{w}_scale": t[f"{w}_scale"].float()}), r"weight_scale must be .*, got F32"),
+        (lambda t, w: t.update({codes(t, w): t[codes(t, w)][:, :8].contiguous()}), r"weight\w* must have shape"),
+        (
+            lambda t, w: t.update({codes(t, w): t[codes(t, w)].int()}),
+            r"weight\w* must (be|have shape) .*, got (I32|\[)",
+        ),
+        (lambda t, w: t.pop(codes(t, w)), rf"(missing|not of this model:) tensors? {EXPERT}\.up_proj\.weight"),
+        (lambda t, w: t.update({w + "_shift": torch.zeros(1)}), r"not of this model: .*weight_shift"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    packed: tuple[str, Path], tmp_path: Path, change: Callable[[Tensors, str], Any], message: str
+) -> None:
+    folder = copy(packed, tmp_path / "model", lambda tensors: change(tensors, f"{EXPERT}.up_proj.weight"))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def codes(tensors: Tensors, weight: str) -> str:
+    return weight if weight in tensors else f"{weight}_packed"
+
+
+def test_global_scales_that_do_not_fit(packed: tuple[str, Path], tmp_path: Path) -> None:
+    if packed[0] == "mxfp4":
+        extra = copy(
+            packed, tmp_path / "extra", lambda t: t.update({f"{EXPERT}.up_proj.weight_scale_2": torch.ones(())})
+        )
+        with pytest.raises(ValueError, match=r"not of this model: tensor .*up_proj\.weight_scale_2"):
+            load_model(extra)
+        return
+    name = f"{EXPERT}.up_proj.weight_scale_2"
+    for value, message in (
+        (None, f"missing tensor {name}"),
+        (torch.ones(64), rf"{name} must have shape \[\], got \[64\]"),
+        (torch.ones((), dtype=torch.float64), f"{name} must be F32, got F64"),
+    ):
+        folder = copy(
+            packed,
+            tmp_path / str(len([*tmp_path.iterdir()])),
+            lambda t, v=value: t.pop(name) if v is None else t.update({name: v}),
+        )
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+
+
+def test_gate_and_up_with_different_global_scales(packed: tuple[str, Path], tmp_path: Path) -> None:
+    """Run as one, they stand for the numbers of both."""
+    if packed[0] == "mxfp4":
+        pytest.skip("it has no global scales")
+    scale = torch.tensor(0.0123)
+    folder = copy(packed, tmp_path / "uneven", lambda t: t.update({f"{EXPERT}.up_proj.weight_scale_2": scale}))
+    uneven, even = load_model(folder, torch.device("cpu"), torch.bfloat16), load_model(packed[1], dtype=torch.bfloat16)
+    got, want = (model.model.layers[1].mlp.experts.matrix("gate_up_proj").dequantize() for model in (uneven, even))
+    before = read(packed[1])[f"{EXPERT}.up_proj.weight_scale_2"]
+    torch.testing.assert_close(got[2, 32:], want[2, 32:] / before * scale)
+    got[2, 32:] = want[2, 32:]
+    assert torch.equal(got, want)
+    assert uneven(IDS).isfinite().all()
