@@ -1,0 +1,64 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Text to tokens and back with a model folder's tokenizer.json, whose contents are untrusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import MAX_JSON_BYTES, read_json
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """The tokenizer of a model folder; ValueError where it has none, or the package ``tokenizers`` is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no tokenizer.json; give token ids instead of text")
+        try:
+            import tokenizers
+        except ImportError as error:
+            need = 'text needs the package "tokenizers": pip install "ds-flashdmla-moe[text]", or give token ids'
+            raise ValueError(need) from error
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"cannot read {path}: it has more than {MAX_JSON_BYTES} bytes")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+        self._decode_stream: Any = tokenizers.decoders.DecodeStream
+        self._bos = self._beginning(folder / "tokenizer_config.json")
+
+    def _beginning(self, path: Path) -> int | None:
+        """The token to begin with where tokenizer_config.json asks for one, which tokenizer.json may not do itself."""
+        if not path.exists():
+            return None
+        config = read_json(path)
+        token = config.get("bos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if config.get("add_bos_token") is not True or not isinstance(text, str):
+            return None
+        bos: int | None = self._tokenizer.token_to_id(text)
+        if bos is None:
+            raise ValueError(f"{path}: bos_token {text[:80]!r} is not in tokenizer.json")
+        return bos
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
+
+    def decoder(self) -> Callable[[int], str]:
+        """A function that takes token by token and returns the text that each one completes, maybe none."""
+        stream = self._decode_stream(skip_special_tokens=True)
+
+        def decode(token: int) -> str:
+            try:
+                return stream.step(self._tokenizer, token) or ""
+            except Exception:  # bytes that are no text
+                return "\ufffd"
+
+        return decode
