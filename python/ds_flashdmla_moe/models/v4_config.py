@@ -137,7 +137,7 @@ def _kinds(fields: Fields, layers: int) -> tuple[LayerKind, ...]:
         if len(own) < layers or not all(type(ratio) is int and 0 <= ratio <= 2**16 for ratio in own):
             raise fields.refuse("compress_ratios", f"at least {layers} integers of at least 0", ratios)
         return tuple(LayerKind(ratio, ratio == _TYPES[_SELECTING]) for ratio in own)
-    if not isinstance(types, list) or len(types) != layers or not all(kind in _TYPES for kind in types):
+    if not isinstance(types, list) or len(types) != layers or not all(kind in list(_TYPES) for kind in types):
         raise fields.refuse("layer_types", f"{layers} of {', '.join(_TYPES)}", types)
     rates = fields.part("compress_rates") or Fields({}, fields.where)
     ratio_of: dict[str, Any] = {
