@@ -37,6 +37,11 @@ def _e2m1(x: Tensor) -> Tensor:
     return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
 
 
+def _quotient(x: Tensor, divisor: float) -> Tensor:
+    """Rounded once. A Python number would be multiplied by as its reciprocal on a GPU."""
+    return x / x.new_full((), divisor)
+
+
 def _power_of_two(amax: Tensor) -> Tensor:
     """The smallest power of two that is at least amax / 448."""
     mantissa, exponent = torch.frexp(amax.clamp_min(1e-4) * (1 / torch.tensor(448.0)))
@@ -48,11 +53,11 @@ def _e8m0_scale(amax: Tensor) -> Tensor:
 
 
 def _float32_scale(amax: Tensor) -> Tensor:
-    return (amax / 448).clamp_min(torch.finfo(torch.float32).tiny)
+    return _quotient(amax, 448).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _e4m3_scale(amax: Tensor) -> Tensor:
-    sixth = amax / 6
+    sixth = _quotient(amax, 6)
     return _e4m3(torch.where(sixth == 0, 1.0, sixth).clamp_min(2.0**-9))
 
 
@@ -229,6 +234,7 @@ def _gather_peer(cache: Tensor, indices: Tensor, dtype: torch.dtype, rows: Tenso
 # --- the cases ---
 
 _SMALL = {"tokens": 23, "pages": 5, "page_size": 6}
+_CUDA = ({"tokens": 128, "pages": 64, "page_size": 64}, {"tokens": 131072, "pages": 2304, "page_size": 64})
 _CPU = ({"tokens": 64, "pages": 16, "page_size": 64}, {"tokens": 4096, "pages": 80, "page_size": 64})
 _WIDE = (torch.float64, torch.float32)
 
@@ -240,7 +246,11 @@ def _rows_work(values: int, row_bytes: int) -> Callable[[Sizes, int], Work]:
 
 def _measured(values: int, row_bytes: int, peer: Function | None) -> dict[str, Any]:
     peers: Mapping[str, Function] = {"torch": peer} if peer else {}
-    return {"benchmark": {"cpu": _CPU}, "work": _rows_work(values, row_bytes), "peers": lambda device: peers}
+    return {
+        "benchmark": {"cpu": _CPU, "cuda": _CUDA},
+        "work": _rows_work(values, row_bytes),
+        "peers": lambda device: peers,
+    }
 
 
 def _mla_case(label: str, size: int, scale_format: str = "ue8m0") -> Case:
@@ -304,7 +314,10 @@ CASES = (
         inputs=_indexer_inputs,
         run=_changed(indexer_k_insert),
         formula=_anew(_indexer_insert),
-        benchmark={"cpu": tuple(sizes | {"d": 128} for sizes in _CPU)},
+        benchmark={
+            "cpu": tuple(sizes | {"d": 128} for sizes in _CPU),
+            "cuda": tuple(sizes | {"d": 128} for sizes in (*_CUDA, {"tokens": 524288, "pages": 8200, "page_size": 64})),
+        },
         work=lambda sizes, width: Work(0, sizes["tokens"] * (sizes["d"] * (width + 1) + 4)),
         peers=lambda device: {"torch": _indexer_insert},
     ),

@@ -1,0 +1,50 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "dsm/tensor_view.h"
+#include "src/cuda/copy/pack.cuh"
+#include "src/cuda/index/divider.cuh"
+
+namespace dsm {
+
+/// Where the rows of a cache are, for kernels. The cache has rows.
+class Pages {
+ public:
+  explicit Pages(const TensorView& cache)
+      : data_(cache.as<std::uint8_t>()),
+        page_bytes_(cache.stride[0] * element_size(cache.dtype)),
+        page_size_(cache.size(1)),
+        rows_(cache.size(0) * cache.size(1)),
+        divider_(static_cast<std::uint32_t>(std::min<std::int64_t>(page_size_, INT32_MAX))) {}
+
+  /// Whether pages begin at multiples of 16 bytes. So do then the elements of every quantised row and its other parts,
+  /// but for scales, which are aligned to 8 bytes at least.
+  static bool aligned(const TensorView& cache) {
+    return reinterpret_cast<std::uintptr_t>(cache.data) % cuda::kPackBytes == 0 &&
+           (cache.size(0) == 1 || cache.stride[0] * element_size(cache.dtype) % cuda::kPackBytes == 0);
+  }
+
+  struct Place {
+    std::uint8_t* page;
+    std::int64_t page_size, entry;
+  };
+
+  __device__ bool valid(std::int64_t row) const { return row >= 0 && row < rows_; }
+
+  /// Of a valid row.
+  __device__ Place operator[](std::int64_t row) const {
+    const std::int64_t page =
+        (row | page_size_) >> 31 ? row / page_size_ : divider_.quotient(static_cast<std::uint32_t>(row));
+    return {data_ + page * page_bytes_, page_size_, row - page * page_size_};
+  }
+
+ private:
+  std::uint8_t* data_;
+  std::int64_t page_bytes_, page_size_, rows_;
+  cuda::Divider divider_;
+};
+
+}  // namespace dsm
