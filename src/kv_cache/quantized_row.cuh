@@ -78,15 +78,32 @@ __device__ __forceinline__ float largest_magnitude(const float (&x)[kChunk]) {
   return __int_as_float(bits);
 }
 
+// What makes a chunk's values quotients by the scale; 1 stands in for a scale that is NaN.
+
+class ByPowerOfTwo {
+ public:
+  __device__ explicit ByPowerOfTwo(float8_e8m0fnu scale)
+      : reciprocal_(scale.bits == 255 ? 1.0f : to_float(float8_e8m0fnu{static_cast<std::uint8_t>(254 - scale.bits)})) {}
+  __device__ __forceinline__ void divide(float (&x)[kChunk]) const {
+#pragma unroll
+    for (float& value : x) value *= reciprocal_;
+  }
+
+ private:
+  float reciprocal_;
+};
+
+/// A call: it is rare, and long.
+static __device__ __noinline__ float any_quotient(float x, float divisor) { return x / divisor; }
+
 /// Division by a positive number, rounded as the processor's own: the quotient by the reciprocal, twice improved by
 /// what it leaves, which a fused product shows exactly (Markstein 1990). Too small a divisor could make that underflow;
-/// then, and by NaN, which stands for 1, the processor divides.
-class Division {
+/// then the processor divides.
+class ByNumber {
  public:
-  __device__ explicit Division(float divisor)
-      : divisor_(divisor == divisor ? divisor : 1.0f), reciprocal_(1.0f / divisor_), near_(divisor >= 0x1p-64f) {}
-
-  __device__ void operator()(float (&x)[kChunk]) const {
+  __device__ explicit ByNumber(float scale)
+      : divisor_(scale == scale ? scale : 1.0f), reciprocal_(1.0f / divisor_), near_(scale >= 0x1p-64f) {}
+  __device__ __forceinline__ void divide(float (&x)[kChunk]) const {
     if (near_) {
 #pragma unroll
       for (float& value : x) {
@@ -97,7 +114,7 @@ class Division {
       }
     } else {
 #pragma unroll
-      for (float& value : x) value = value / divisor_;
+      for (float& value : x) value = any_quotient(value, divisor_);
     }
   }
 
@@ -106,29 +123,25 @@ class Division {
   bool near_;
 };
 
-/// Stores 8 e4m3 codes of x / scale; `exact_reciprocal` where scale is a power of two or NaN.
-__device__ __forceinline__ void store_e4m3(float (&x)[kChunk], float scale, bool exact_reciprocal, std::uint8_t* to,
+/// Stores the E4M3 codes of the quotients.
+template <class By>
+__device__ __forceinline__ void store_e4m3(float (&x)[kChunk], const By& by, bool scale_is_nan, std::uint8_t* to,
                                            bool aligned) {
   std::uint32_t signs = 0;  // NaN keeps its sign, which the conversion forgets
-  const bool not_a_number = scale != scale;
-  if (not_a_number) {
+  if (scale_is_nan) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) signs |= bits_of(x[i]) >> 31 << i;
   }
-  if (exact_reciprocal) {
-    const float reciprocal = not_a_number ? 1.0f : 1.0f / scale;
-#pragma unroll
-    for (float& value : x) value *= reciprocal;
-  } else {
-    Division{scale}(x);
-  }
+  by.divide(x);
   cuda::Bytes<kChunk> codes = cuda::e4m3_codes(x);
-  if (not_a_number) {
+  if (scale_is_nan) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) codes.at[i] |= (signs >> i & 1) << 7;
   }
   cuda::store_bytes(to, codes, aligned);
 }
+
+__device__ __forceinline__ bool is_nan(float8_e8m0fnu scale) { return scale.bits == 255; }
 
 /// Stores one chunk of a record's values that have no scale; `column` counts from the first of them.
 template <class Record>
@@ -154,23 +167,25 @@ template <class Record>
 __device__ __forceinline__ void store_codes(KvEntry<std::uint8_t> entry, int column, float (&x)[kChunk], float amax,
                                             KvScales scales, bool aligned) {
   using Scale = typename Record::Scale;
-  Scale scale;
-  bool exact_reciprocal = true;
-  if constexpr (std::is_same_v<Scale, float>) {
-    exact_reciprocal = scales == KvScales::ue8m0;
-    scale = exact_reciprocal ? to_float(e4m3_block_scale(amax)) : e4m3_block_scale_float(amax);
-  } else if constexpr (std::is_same_v<Scale, float8_e8m0fnu>) {
-    scale = e4m3_block_scale(amax);
-  } else {
-    scale = e2m1_block_scale_e4m3(amax);
-  }
-  if (column % Record::kGroup == 0)
-    store_unaligned(entry.scales + column / Record::kGroup * static_cast<int>(sizeof(Scale)), scale);
+  std::uint8_t* scale_at = entry.scales + column / Record::kGroup * static_cast<int>(sizeof(Scale));
+  const bool first = column % Record::kGroup == 0;
   if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>) {
-    Division{to_float(scale)}(x);
+    const Scale scale = e2m1_block_scale_e4m3(amax);
+    if (first) store_unaligned(scale_at, scale);
+    ByNumber(to_float(scale)).divide(x);
     cuda::store_bytes(entry.data + column / 2, cuda::e2m1_codes(x), aligned);
+  } else if (std::is_same_v<Scale, float> && scales == KvScales::fp32) {
+    const float scale = e4m3_block_scale_float(amax);
+    if (first) store_unaligned(scale_at, scale);
+    store_e4m3(x, ByNumber(scale), scale != scale, entry.data + column, aligned);
   } else {
-    store_e4m3(x, to_float(scale), exact_reciprocal, entry.data + column, aligned);
+    const float8_e8m0fnu scale = e4m3_block_scale(amax);
+    if constexpr (std::is_same_v<Scale, float>) {
+      if (first) store_unaligned(scale_at, to_float(scale));
+    } else {
+      if (first) store_unaligned(scale_at, scale);
+    }
+    store_e4m3(x, ByPowerOfTwo(scale), is_nan(scale), entry.data + column, aligned);
   }
 }
 

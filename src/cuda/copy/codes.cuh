@@ -18,11 +18,14 @@ using Bytes = Pack<std::uint8_t, N>;
 /// N bytes, by one access where kAligned says that the address is a multiple of N.
 template <int N, bool kAligned>
 __device__ __forceinline__ Bytes<N> load_bytes(const std::uint8_t* from) {
-  if constexpr (kAligned) return load_pack<N>(from);
-  Bytes<N> bytes;
+  if constexpr (kAligned) {
+    return load_pack<N>(from);
+  } else {
+    Bytes<N> bytes;
 #pragma unroll
-  for (int i = 0; i < N; ++i) bytes.at[i] = from[i];
-  return bytes;
+    for (int i = 0; i < N; ++i) bytes.at[i] = from[i];
+    return bytes;
+  }
 }
 
 template <int N>

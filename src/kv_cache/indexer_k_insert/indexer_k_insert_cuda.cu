@@ -49,17 +49,18 @@ __global__ void __launch_bounds__(kThreads)
     const float other = largest_magnitude<kRowLanes>(x);
     amax = __int_as_float(max(__float_as_int(amax), __float_as_int(other)));  // NaN is the largest
   }
-  const float scale = to_float(e4m3_block_scale(amax));
-  if (stored && lane == 0) store_unaligned(entry.scales, scale);
+  const float8_e8m0fnu scale = e4m3_block_scale(amax);
+  const ByPowerOfTwo by(scale);
+  if (stored && lane == 0) store_unaligned(entry.scales, to_float(scale));
   for (std::int64_t begin = 0; begin < d; begin += kStep) {
     const std::int64_t column = begin + lane * kChunk;
     (begin == 0 ? first : load(column)).values(x);
     if (!stored || column >= d) continue;
     if (column + kChunk <= d) {
-      store_e4m3(x, scale, true, entry.data + column, aligned);
+      store_e4m3(x, by, is_nan(scale), entry.data + column, aligned);
     } else {
       std::uint8_t codes[kChunk];
-      store_e4m3(x, scale, true, codes, false);
+      store_e4m3(x, by, is_nan(scale), codes, false);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         if (column + i < d) entry.data[column + i] = codes[i];

@@ -39,7 +39,7 @@ __device__ __forceinline__ T load_number(const std::uint8_t* from) {
     return load_unaligned<T>(from);
 }
 
-/// N neighbouring elements of one kind, of several rows: codes with a scale.
+/// N neighbouring elements of a row, of one kind: codes with a scale. Zeros if not loaded.
 template <class Record, int N, bool kAligned>
 struct Quantized {
   static constexpr bool kE2m1 = std::is_same_v<typename Record::Element, float4_e2m1>;
@@ -108,22 +108,23 @@ __device__ __forceinline__ void gather_pieces(const Pages& cache, const std::int
     for (int j = 0; j < kAtOnce; ++j) index[j] = row_of(j) < count ? indices[row_of(j)] : -1;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (!cache.valid(index[j])) continue;
-      const Pages::Place place = cache[index[j]];
+      // No branches: they would make the next row's loads wait for these. The first row stands in for none.
+      const Pages::Place place = cache[cache.valid(index[j]) ? index[j] : 0];
       pieces[j].load(kv_entry<Record>(static_cast<const std::uint8_t*>(place.page), place.page_size, place.entry),
                      column);
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (row_of(j) >= count) continue;
+      if (!cache.valid(index[j])) pieces[j] = Piece{};
       float values[Layout::N];
       pieces[j].values(values);
       Pack<T, Layout::N> pack;
 #pragma unroll
-      for (int i = 0; i < Layout::N; ++i) pack.at[i] = cache.valid(index[j]) ? stored<T>(values[i]) : T{};
+      for (int i = 0; i < Layout::N; ++i) pack.at[i] = stored<T>(values[i]);
       T* to = out + row_of(j) * Record::kWidth + column;
       if constexpr (kAligned) {
-        cuda::store_pack(to, pack);
+        __stwb(reinterpret_cast<uint4*>(to), __builtin_bit_cast(uint4, pack));  // which the compiler would split
       } else {
 #pragma unroll
         for (int i = 0; i < Layout::N; ++i) to[i] = pack.at[i];
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto count = static_cast<std::uint32_t>(min(std::int64_t{kItemsPerBlock}, total - begin));
   std::uint32_t row[kAtOnce], column[kAtOnce];
   std::int32_t index[kAtOnce];
-  Pack<C, W> packs[kAtOnce] = {};
+  Pack<C, W> packs[kAtOnce];
 #pragma unroll
   for (int j = 0; j < kAtOnce; ++j) {
     const std::uint32_t item = skipped + min(j * kThreads + threadIdx.x, count - 1);
@@ -169,14 +170,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int j = 0; j < kAtOnce; ++j) {
-    if (!cache.valid(index[j])) continue;
-    const Pages::Place place = cache[index[j]];
+    const Pages::Place place = cache[cache.valid(index[j]) ? index[j] : 0];
     packs[j] = cuda::load_pack<W>(reinterpret_cast<const C*>(place.page) + place.entry * width + column[j]);
   }
 #pragma unroll
   for (int j = 0; j < kAtOnce; ++j) {
     if (j * kThreads + threadIdx.x >= count) continue;
     cuda::use_from_here(packs[j]);
+    if (!cache.valid(index[j])) packs[j] = {};
     Pack<T, W> result;
 #pragma unroll
     for (int i = 0; i < W; ++i) result.at[i] = stored<T>(cuda::widened(packs[j].at[i]));
