@@ -5,6 +5,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <string>
+
 #include "dsm/error.h"
 
 namespace dsm::binding {
@@ -78,6 +80,12 @@ TensorView view(const Tensor& tensor) {
 }
 
 TensorView view(const std::optional<Tensor>& tensor) { return tensor ? view(*tensor) : TensorView(); }
+
+std::int64_t extent(const char* operation, const char* argument, const Tensor& tensor, int dim, int rank) {
+  if (tensor.dim() != rank)
+    throw Error(operation, argument, "of " + std::to_string(rank) + " dimensions", describe(view(tensor)));
+  return tensor.size(dim);
+}
 
 Tensor empty(const Tensor& like, const std::vector<std::int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);

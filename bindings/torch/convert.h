@@ -25,6 +25,9 @@ TensorView view(const Tensor& tensor);
 /// As above; an absent tensor becomes an empty view.
 TensorView view(const std::optional<Tensor>& tensor);
 
+/// Extent of a dimension, before the operator has checked the rank.
+std::int64_t extent(const char* operation, const char* argument, const Tensor& tensor, int dim, int rank);
+
 /// A new contiguous tensor on the device of `like`, contents arbitrary.
 Tensor empty(const Tensor& like, std::initializer_list<std::int64_t> shape, ScalarType dtype);
 Tensor empty(const Tensor& like, const std::vector<std::int64_t>& shape, ScalarType dtype);

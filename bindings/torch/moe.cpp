@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "bindings/torch/convert.h"
+#include "bindings/torch/weights.h"
 #include "dsm/error.h"
 
 namespace dsm::binding {
@@ -24,13 +25,6 @@ Normalize normalize_named(const std::string& name) {
   if (name == "selected") return Normalize::selected;
   if (name == "kept") return Normalize::kept;
   throw Error("moe_gate", "normalize", "none|selected|kept", "'" + name + "'");
-}
-
-/// Extent of a dimension, before the operator has checked the rank.
-std::int64_t extent(const char* operation, const char* argument, const Tensor& tensor, int dim, int rank) {
-  if (tensor.dim() != rank)
-    throw Error(operation, argument, "of " + std::to_string(rank) + " dimensions", describe(view(tensor)));
-  return tensor.size(dim);
 }
 
 /// A schema cannot return an optional tensor that Python understands everywhere: an absent one is empty.
@@ -99,27 +93,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_permute(const Tensor& x, const Te
   return {rows, expert_offsets, row_of_slot, slot_of_row};
 }
 
-Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool transpose_b) {
+Tensor grouped_gemm(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, bool transpose_b,
+                    const OptionalTensor& b_scales, const OptionalTensor& b_global_scale,
+                    std::vector<std::int64_t> b_block, const std::string& activation_format) {
   Tensor c = empty(a, {extent("grouped_gemm", "a", a, 0, 2), extent("grouped_gemm", "b", b, transpose_b ? 1 : 2, 3)},
                    a.scalar_type());
   Call call(a);
-  dsm::grouped_gemm(
-      {.a = view(a), .b = view(b), .expert_offsets = view(expert_offsets), .transpose_b = transpose_b, .c = view(c)},
-      call.launch());
+  dsm::grouped_gemm({.a = view(a),
+                     .b = view(b),
+                     .b_scales = block_scales("grouped_gemm", b_scales, b_global_scale, b_block),
+                     .expert_offsets = view(expert_offsets),
+                     .transpose_b = transpose_b,
+                     .activation_format = activation_format_named("grouped_gemm", activation_format),
+                     .c = view(c)},
+                    call.launch());
   return c;
 }
 
 std::tuple<Tensor, Tensor> grouped_gemm_backward(const Tensor& dc, const Tensor& a, const Tensor& b,
-                                                 const Tensor& expert_offsets, bool transpose_b, bool need_da,
-                                                 bool need_db) {
+                                                 const Tensor& expert_offsets, bool transpose_b,
+                                                 const OptionalTensor& b_scales, const OptionalTensor& b_global_scale,
+                                                 std::vector<std::int64_t> b_block,
+                                                 const std::string& activation_format, bool need_da, bool need_db) {
   Tensor da = empty_like_or_nothing(need_da ? OptionalTensor(a) : std::nullopt, a);
-  Tensor db = empty_like_or_nothing(need_db ? OptionalTensor(b) : std::nullopt, b);
+  Tensor db = empty_like_or_nothing(need_db ? OptionalTensor(b) : std::nullopt, a);
   Call call(a);
   dsm::grouped_gemm_backward({.dc = view(dc),
                               .a = view(a),
                               .b = view(b),
+                              .b_scales = block_scales("grouped_gemm_backward", b_scales, b_global_scale, b_block),
                               .expert_offsets = view(expert_offsets),
                               .transpose_b = transpose_b,
+                              .activation_format = activation_format_named("grouped_gemm_backward", activation_format),
                               .da = view_if(need_da, da),
                               .db = view_if(need_db, db)},
                              call.launch());
@@ -170,11 +175,37 @@ std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& dy, const Tensor& 
   return {drows, dweights};
 }
 
+/// Rows and columns of the blocks of w13, w2, shared_w13 and shared_w2, in this order; nothing where none is FP8.
+class Blocks {
+ public:
+  Blocks(const char* operation, const std::vector<std::int64_t>& blocks) : operation_(operation), blocks_(blocks) {
+    if (blocks.size() != 0 && blocks.size() != 8)
+      throw Error(operation, "blocks", "of 8 numbers or none", std::to_string(blocks.size()));
+  }
+
+  BlockScales scales(int matrix, const OptionalTensor& scales, const OptionalTensor& global_scale) const {
+    if (blocks_.empty()) return block_scales(operation_, scales, global_scale, {});
+    return block_scales(operation_, scales, global_scale, {blocks_[2 * matrix], blocks_[2 * matrix + 1]});
+  }
+
+ private:
+  const char* operation_;
+  const std::vector<std::int64_t>& blocks_;
+};
+
 std::tuple<Tensor, Tensor, Tensor> moe_ffn(const Tensor& x, const Tensor& weights, const Tensor& indices,
                                            const Tensor& w13, const Tensor& w2, const OptionalTensor& shared_w13,
-                                           const OptionalTensor& shared_w2, double swiglu_limit, bool keep_z) {
+                                           const OptionalTensor& shared_w2, double swiglu_limit, bool keep_z,
+                                           const OptionalTensor& w13_scales, const OptionalTensor& w13_global_scale,
+                                           const OptionalTensor& w2_scales, const OptionalTensor& w2_global_scale,
+                                           const OptionalTensor& shared_w13_scales,
+                                           const OptionalTensor& shared_w13_global_scale,
+                                           const OptionalTensor& shared_w2_scales,
+                                           const OptionalTensor& shared_w2_global_scale,
+                                           std::vector<std::int64_t> blocks, const std::string& activation_format) {
   const std::int64_t tokens = extent("moe_ffn", "x", x, 0, 2);
   const bool keep_shared = keep_z && shared_w13.has_value();
+  const Blocks of("moe_ffn", blocks);
   Tensor y = empty_like(x);
   Tensor z =
       empty(x, {keep_z ? tokens * extent("moe_ffn", "indices", indices, 1, 2) : 0, extent("moe_ffn", "w13", w13, 1, 3)},
@@ -190,7 +221,12 @@ std::tuple<Tensor, Tensor, Tensor> moe_ffn(const Tensor& x, const Tensor& weight
                 .w2 = view(w2),
                 .shared_w13 = view(shared_w13),
                 .shared_w2 = view(shared_w2),
+                .w13_scales = of.scales(0, w13_scales, w13_global_scale),
+                .w2_scales = of.scales(1, w2_scales, w2_global_scale),
+                .shared_w13_scales = of.scales(2, shared_w13_scales, shared_w13_global_scale),
+                .shared_w2_scales = of.scales(3, shared_w2_scales, shared_w2_global_scale),
                 .swiglu_limit = swiglu_limit,
+                .activation_format = activation_format_named("moe_ffn", activation_format),
                 .y = view(y),
                 .z = view_if(keep_z, z),
                 .shared_z = view_if(keep_shared, shared_z)},
@@ -201,13 +237,19 @@ std::tuple<Tensor, Tensor, Tensor> moe_ffn(const Tensor& x, const Tensor& weight
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weights, const Tensor& indices, const Tensor& w13,
     const Tensor& w2, const OptionalTensor& shared_w13, const OptionalTensor& shared_w2, double swiglu_limit,
-    const Tensor& z, const Tensor& shared_z, bool weight_gradients) {
-  const auto gradient_of = [&](const OptionalTensor& weight) {
-    return empty_like_or_nothing(weight_gradients ? weight : std::nullopt, x);
+    const Tensor& z, const Tensor& shared_z, const OptionalTensor& w13_scales, const OptionalTensor& w13_global_scale,
+    const OptionalTensor& w2_scales, const OptionalTensor& w2_global_scale, const OptionalTensor& shared_w13_scales,
+    const OptionalTensor& shared_w13_global_scale, const OptionalTensor& shared_w2_scales,
+    const OptionalTensor& shared_w2_global_scale, std::vector<std::int64_t> blocks,
+    const std::string& activation_format, bool weight_gradients, bool shared_gradients) {
+  const auto gradient_of = [&](const OptionalTensor& weight, bool wanted) {
+    return empty_like_or_nothing(wanted ? weight : std::nullopt, x);
   };
-  const bool shared = shared_w13.has_value(), shared_gradients = shared && weight_gradients;
-  Tensor dx = empty_like(x), dweights = empty_like(weights), dw13 = gradient_of(w13), dw2 = gradient_of(w2);
-  Tensor dshared_w13 = gradient_of(shared_w13), dshared_w2 = gradient_of(shared_w2);
+  const bool shared = shared_w13.has_value();
+  const Blocks of("moe_ffn_backward", blocks);
+  Tensor dx = empty_like(x), dweights = empty_like(weights);
+  Tensor dw13 = gradient_of(w13, weight_gradients), dw2 = gradient_of(w2, weight_gradients);
+  Tensor dshared_w13 = gradient_of(shared_w13, shared_gradients), dshared_w2 = gradient_of(shared_w2, shared_gradients);
   Call call(x);
   dsm::moe_ffn_backward({.dy = view(dy),
                          .x = view(x),
@@ -217,15 +259,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_ffn_backward(
                          .w2 = view(w2),
                          .shared_w13 = view(shared_w13),
                          .shared_w2 = view(shared_w2),
+                         .w13_scales = of.scales(0, w13_scales, w13_global_scale),
+                         .w2_scales = of.scales(1, w2_scales, w2_global_scale),
+                         .shared_w13_scales = of.scales(2, shared_w13_scales, shared_w13_global_scale),
+                         .shared_w2_scales = of.scales(3, shared_w2_scales, shared_w2_global_scale),
                          .swiglu_limit = swiglu_limit,
+                         .activation_format = activation_format_named("moe_ffn_backward", activation_format),
                          .z = view(z),
                          .shared_z = view_if(shared, shared_z),
                          .dx = view(dx),
                          .dweights = view(dweights),
                          .dw13 = view_if(weight_gradients, dw13),
                          .dw2 = view_if(weight_gradients, dw2),
-                         .dshared_w13 = view_if(shared_gradients, dshared_w13),
-                         .dshared_w2 = view_if(shared_gradients, dshared_w2)},
+                         .dshared_w13 = view_if(shared_gradients && shared, dshared_w13),
+                         .dshared_w2 = view_if(shared_gradients && shared, dshared_w2)},
                         call.launch());
   return {dx, dweights, dw13, dw2, dshared_w13, dshared_w2};
 }
@@ -243,10 +290,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   m.def(
       "moe_permute(Tensor x, Tensor indices, SymInt experts) -> "
       "(Tensor rows, Tensor expert_offsets, Tensor row_of_slot, Tensor slot_of_row)");
-  m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool transpose_b) -> Tensor c");
   m.def(
-      "grouped_gemm_backward(Tensor dc, Tensor a, Tensor b, Tensor expert_offsets, bool transpose_b, bool need_da, "
-      "bool need_db) -> (Tensor da, Tensor db)");
+      "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, bool transpose_b, Tensor? b_scales=None, Tensor? "
+      "b_global_scale=None, SymInt[] b_block=[], str activation_format='none') -> Tensor c");
+  m.def(
+      "grouped_gemm_backward(Tensor dc, Tensor a, Tensor b, Tensor expert_offsets, bool transpose_b, Tensor? b_scales, "
+      "Tensor? b_global_scale, SymInt[] b_block, str activation_format, bool need_da, bool need_db) -> (Tensor da, "
+      "Tensor db)");
   m.def("swiglu(Tensor z, float limit) -> Tensor y");
   m.def("swiglu_backward(Tensor dy, Tensor z, float limit) -> Tensor dz");
   m.def("moe_combine(Tensor rows, Tensor row_of_slot, Tensor? weights, Tensor? shared) -> Tensor y");
@@ -255,11 +305,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
       "(Tensor drows, Tensor dweights)");
   m.def(
       "moe_ffn(Tensor x, Tensor weights, Tensor indices, Tensor w13, Tensor w2, Tensor? shared_w13, Tensor? shared_w2, "
-      "float swiglu_limit, bool keep_z) -> (Tensor y, Tensor z, Tensor shared_z)");
+      "float swiglu_limit, bool keep_z, Tensor? w13_scales=None, Tensor? w13_global_scale=None, Tensor? "
+      "w2_scales=None, Tensor? w2_global_scale=None, Tensor? shared_w13_scales=None, Tensor? "
+      "shared_w13_global_scale=None, Tensor? shared_w2_scales=None, Tensor? shared_w2_global_scale=None, "
+      "SymInt[] blocks=[], str activation_format='none') -> (Tensor y, Tensor z, Tensor shared_z)");
   m.def(
       "moe_ffn_backward(Tensor dy, Tensor x, Tensor weights, Tensor indices, Tensor w13, Tensor w2, Tensor? "
-      "shared_w13, "
-      "Tensor? shared_w2, float swiglu_limit, Tensor z, Tensor shared_z, bool weight_gradients) -> "
+      "shared_w13, Tensor? shared_w2, float swiglu_limit, Tensor z, Tensor shared_z, Tensor? w13_scales, Tensor? "
+      "w13_global_scale, Tensor? w2_scales, Tensor? w2_global_scale, Tensor? shared_w13_scales, Tensor? "
+      "shared_w13_global_scale, Tensor? shared_w2_scales, Tensor? shared_w2_global_scale, SymInt[] blocks, str "
+      "activation_format, bool weight_gradients, bool shared_gradients) -> "
       "(Tensor dx, Tensor dweights, Tensor dw13, Tensor dw2, Tensor dshared_w13, Tensor dshared_w2)");
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "dsm/export.h"
@@ -37,8 +38,8 @@ enum class KvFormat : std::uint8_t {
   /// DeepSeek-V4.1 in FP4, 288 bytes, 512 values: 512 e2m1 (256 bytes) | 32 e4m3 scales, one per 16.
   v41_fp4,
 };
-inline constexpr KvFormat kKvFormats[] = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8, KvFormat::v41_fp8,
-                                          KvFormat::v41_fp4};
+inline constexpr std::initializer_list<KvFormat> kKvFormats = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8,
+                                                               KvFormat::v41_fp8, KvFormat::v41_fp4};
 
 /// How a writer chooses float32 scales of groups of E4M3 values.
 enum class KvScales : std::uint8_t {
@@ -95,9 +96,9 @@ DSM_API std::size_t mla_kv_insert_workspace(const MlaKvInsertArgs& args);
 ///
 ///   v4_fp8   the smallest power of two >= max(amax, 1e-4) · float(1 / 448); the last 64 values in bfloat16
 ///   v41_fp8  the same; all values
-///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)), 1 for a group of zeros; all values
+///   v41_fp4  e4m3(min(max(amax / 6, 2^-9), 448)); all values
 ///
-/// NaN, infinity and slots as in mla_kv_insert. Source: DeepSeek-V4 reference code; FlashMLA (tests/quant.py).
+/// NaN, infinity and slots as in mla_kv_insert. Sources: DeepSeek-V4 and V4.1 reference code; FlashMLA.
 struct V4KvInsertArgs {
   TensorView kv;         ///< [tokens, width] float64|float32|float16|bfloat16, rows any distance apart
   TensorView weight;     ///< [width] kv's dtype or float32; absent: no normalisation
@@ -133,5 +134,53 @@ struct KvGatherArgs {
   TensorView out;      ///< out [count, width] float64|float32|float16|bfloat16, contiguous
 };
 DSM_API void kv_gather(const KvGatherArgs& args, const Launch& launch = {});
+
+/// Gated pooling of DeepSeek-V4: each `ratio` tokens of a sequence become one entry of the cache of compressed keys and
+/// values. Channel by channel, with s = z + ape[position mod ratio] and a softmax over the pooled tokens j:
+///
+///   c = Σ_j softmax_j(s) · a_j
+///
+/// Entry i of a sequence pools the tokens at positions ratio · i to ratio · (i + 1) − 1. With overlap it pools those of
+/// group i − 1, too: a and z are then [tokens, 2 · d], the older group gives channels [0, d) and the newer one channels
+/// [d, 2 · d). What lies before a sequence's beginning has no weight. An entry is there as soon as its last token is;
+/// normalisation, rotation (at position ratio · i, its first token's) and quantisation are other operators' work.
+///
+/// Without a state, sequences are whole: each begins at position 0. With one, they may come in chunks, down to one
+/// token per call, and give the same bits: the state keeps the rows (a, s) of each request's last tokens. Position p
+/// stands in page block_table[b][(p / page_size) mod columns], entry p mod page_size: a table as wide as the context,
+/// or a ring of at least (overlap ? 2 : 1) · ratio rows (more where tokens are taken back, as in speculative decoding).
+/// A call reads the rows before start_positions[b] that it needs, then writes its own tokens' last ones. It reads
+/// nothing of a request that starts at 0, whatever the state holds. Positions whose page does not exist are not
+/// written, and have no weight where they are missed. Source: DeepSeek-V4 reference code; the state as in vLLM.
+struct KvCompressArgs {
+  TensorView a;           ///< [tokens, channels] float64|float32: what is pooled; rows any distance apart
+  TensorView z;           ///< [tokens, channels] a's dtype: scores; rows any distance apart
+  TensorView ape;         ///< [ratio, channels] a's dtype, contiguous: scores by position
+  TensorView cu_seqlens;  ///< [batch + 1] int32, where the packed sequences begin; tokens outside of them are ignored
+  bool overlap = false;   ///< channels = 2 · d; otherwise d
+  TensorView start_positions;  ///< [batch] int64 >= 0, of each sequence's first token; given exactly when state is
+  TensorView state;            ///< in, out [pages, page_size, 2 · channels] a's dtype, pages any distance apart
+  TensorView block_table;      ///< [batch, columns] int32, unit last stride; given exactly when state is
+  TensorView c;  ///< out [entries, d] a's dtype, contiguous: in the order of the tokens, zero behind the last entry
+  TensorView tokens;  ///< out [entries] int32: the token that completed the entry, −1 behind the last
+};
+DSM_API void kv_compress(const KvCompressArgs& args, const Launch& launch = {});
+
+/// The number of rows of c: as many entries as so many tokens can complete at most, by shapes alone.
+DSM_API std::int64_t kv_compress_entries(std::int64_t tokens, std::int64_t batch, std::int64_t ratio, bool whole);
+
+/// Gradients of kv_compress of whole sequences. With w = softmax(s):
+///
+///   da_j = w_j · dc,   dz_j = w_j · (a_j − c) · dc,   dape[p] = Σ of dz over the tokens at positions p mod ratio
+///
+/// 0 for what no entry pools. dape is summed in float64 in a fixed order.
+struct KvCompressBackwardArgs {
+  TensorView dc;            ///< [entries, d] a's dtype, rows any distance apart
+  TensorView a, z, ape;     ///< as in the forward call
+  TensorView cu_seqlens;    ///< as in the forward call
+  bool overlap = false;     ///< as in the forward call
+  TensorView da, dz, dape;  ///< out, contiguous, of the shape and dtype of a, z and ape
+};
+DSM_API void kv_compress_backward(const KvCompressBackwardArgs& args, const Launch& launch = {});
 
 }  // namespace dsm

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "dsm/block_scales.h"
 #include "dsm/export.h"
 #include "dsm/launch.h"
 #include "dsm/tensor_view.h"
@@ -15,6 +16,11 @@
 // Unfused: moe_gate -> moe_permute -> grouped_gemm -> swiglu -> grouped_gemm -> moe_combine. Fused: moe_gate ->
 // moe_ffn. Both add a token's visits up in float32 (float64 for float64) by increasing expert, the shared expert last,
 // as the DeepSeek-V4 reference code does; on CPU their forward results are the same bits in float32 and float64.
+//
+// Weights may be quantised (BlockScales): then the codes stand where the matrix would, products are taken with the
+// exact numbers, and the weights have no gradient. Activations are taken as they come or rounded to FP8
+// (ActivationFormat); their gradients pass that rounding as if it were not there (straight through), those of floating
+// weights are taken with the rounded activations.
 //
 // "floating" below is float64|float32|float16|bfloat16, one dtype for all floating tensors of a call, and "wide" is
 // float32, or float64 where that dtype is float64. Products are accumulated in wide and rounded once.
@@ -101,9 +107,11 @@ DSM_API void moe_permute(const MoePermuteArgs& args, const Launch& launch = {});
 struct GroupedGemmArgs {
   TensorView a{};               ///< [rows, k] floating, rows any distance apart
   TensorView b{};               ///< [experts, n, k], or [experts, k, n] when transpose_b is false; contiguous
+  BlockScales b_scales{};       ///< of quantised b, which must be [experts, n, k]
   TensorView expert_offsets{};  ///< [experts + 1] int32, from 0, not decreasing, at most rows
   bool transpose_b = true;
-  TensorView c{};  ///< out [rows, n]
+  ActivationFormat activation_format = ActivationFormat::none;  ///< of a
+  TensorView c{};                                               ///< out [rows, n]
 };
 DSM_API void grouped_gemm(const GroupedGemmArgs& args, const Launch& launch = {});
 
@@ -113,10 +121,12 @@ struct GroupedGemmBackwardArgs {
   TensorView dc{};              ///< [rows, n], rows any distance apart
   TensorView a{};               ///< as in the forward call
   TensorView b{};               ///< as in the forward call
+  BlockScales b_scales{};       ///< as in the forward call
   TensorView expert_offsets{};  ///< as in the forward call
   bool transpose_b = true;
-  TensorView da{};  ///< out [rows, k]; absent: not computed
-  TensorView db{};  ///< out, b's shape; absent: not computed
+  ActivationFormat activation_format = ActivationFormat::none;  ///< as in the forward call
+  TensorView da{};                                              ///< out [rows, k]; absent: not computed
+  TensorView db{};  ///< out, b's shape; absent: not computed, as it must be for quantised b
 };
 DSM_API void grouped_gemm_backward(const GroupedGemmBackwardArgs& args, const Launch& launch = {});
 
@@ -167,6 +177,14 @@ DSM_API void moe_combine_backward(const MoeCombineBackwardArgs& args, const Laun
 ///
 /// with rows in moe_permute's order. The shared expert is visited by every token with weight 1. z is rounded only where
 /// it is stored; the forward result comes from the unrounded values.
+///
+/// With activation_format fp8 the roundings are those of the DeepSeek-V4 reference code. R rounds to x's dtype, and Q
+/// is ActivationFormat::fp8, in groups along hidden or intermediate:
+///
+///   z[row] = R(Q(x[token]) · w13[e]ᵀ),   y[token] = R(Σ_pairs R(Q(R(weights[pair] · swiglu(z[row]))) · w2[e]ᵀ))
+///
+/// so the routing weight comes before the second rounding to FP8, and z is what is stored. swiglu, its product with the
+/// weight and the sums are in wide.
 struct MoeFfnArgs {
   TensorView x{};           ///< [tokens, hidden] floating, rows any distance apart
   TensorView weights{};     ///< [tokens, topk] wide, contiguous
@@ -175,8 +193,10 @@ struct MoeFfnArgs {
   TensorView w2{};          ///< [experts, hidden, intermediate], contiguous
   TensorView shared_w13{};  ///< [2 * shared_intermediate, hidden], contiguous; absent: no shared expert
   TensorView shared_w2{};   ///< [hidden, shared_intermediate], contiguous; present exactly when shared_w13 is
-  double swiglu_limit = std::numeric_limits<double>::infinity();  ///< > 0
-  TensorView y{};                                                 ///< out [tokens, hidden]
+  BlockScales w13_scales{}, w2_scales{}, shared_w13_scales{}, shared_w2_scales{};  ///< of those that are quantised
+  double swiglu_limit = std::numeric_limits<double>::infinity();                   ///< > 0
+  ActivationFormat activation_format = ActivationFormat::none;
+  TensorView y{};         ///< out [tokens, hidden]
   TensorView z{};         ///< out [tokens * topk, 2 * intermediate] for the backward pass, 0 behind the last kept pair;
                           ///< absent: not kept
   TensorView shared_z{};  ///< out [tokens, 2 * shared_intermediate]; present exactly when z and shared_w13 are
@@ -189,7 +209,8 @@ DSM_API void moe_ffn(const MoeFfnArgs& args, const Launch& launch = {});
 ///   dweights[pair] = a · da,   dx[token] = Σ_pairs dz · w13[e],   dw13[e] = Σ_rows dzᵀ x[token],
 ///   dw2[e] = Σ_rows dy[token]ᵀ (s · a)
 ///
-/// so neither y's rows nor their gradients are needed (SonicMoE, arXiv 2512.14080). Dropped pairs get 0.
+/// so neither y's rows nor their gradients are needed (SonicMoE, arXiv 2512.14080). Dropped pairs get 0. With
+/// activation_format fp8, dw13 is taken with Q(x[token]) and dw2 with Q(R(s · a)).
 struct MoeFfnBackwardArgs {
   TensorView dy{};  ///< [tokens, hidden], rows any distance apart
   TensorView x{};   ///< this and the next ones as in the forward call
@@ -199,15 +220,17 @@ struct MoeFfnBackwardArgs {
   TensorView w2{};
   TensorView shared_w13{};
   TensorView shared_w2{};
+  BlockScales w13_scales{}, w2_scales{}, shared_w13_scales{}, shared_w2_scales{};
   double swiglu_limit = std::numeric_limits<double>::infinity();
+  ActivationFormat activation_format = ActivationFormat::none;
   TensorView z{};            ///< as returned by the forward call
   TensorView shared_z{};     ///< as returned by the forward call
   TensorView dx{};           ///< out [tokens, hidden]
   TensorView dweights{};     ///< out [tokens, topk] wide
-  TensorView dw13{};         ///< out, as w13; this and dw2 absent: no weight gradients
-  TensorView dw2{};          ///< out, as w2
-  TensorView dshared_w13{};  ///< out, as shared_w13; present exactly when that and dw13 are
-  TensorView dshared_w2{};   ///< out, as shared_w2; present exactly when that and dw2 are
+  TensorView dw13{};         ///< out, as w13; absent: not computed, as it must be for quantised w13
+  TensorView dw2{};          ///< out, as w2; present exactly when dw13 is
+  TensorView dshared_w13{};  ///< out, as shared_w13; absent: not computed
+  TensorView dshared_w2{};   ///< out, as shared_w2; present exactly when dshared_w13 is
 };
 DSM_API void moe_ffn_backward(const MoeFfnBackwardArgs& args, const Launch& launch = {});
 

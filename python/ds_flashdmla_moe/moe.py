@@ -11,12 +11,15 @@ from torch import Tensor
 
 from . import ops
 from .ops._register import accumulator_dtype
+from .ops._weights import ActivationFormat
 from .ops.moe import Scoring
+from .ops.quant_linear import linear
+from .qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor, QTensor
 
 
 @dataclass
 class MoEWeights:
-    """The parameters of a layer. All but ``gate`` and ``gate_bias`` have the dtype of the layer's input.
+    """The parameters of a layer. ``w13``, ``w2`` and the shared ones have the input's dtype or are quantised.
 
     Attributes:
         gate: ``[experts, hidden]``, any floating dtype.
@@ -29,11 +32,11 @@ class MoEWeights:
     """
 
     gate: Tensor
-    w13: Tensor
-    w2: Tensor
+    w13: Tensor | QTensor
+    w2: Tensor | QTensor
     gate_bias: Tensor | None = None
-    shared_w13: Tensor | None = None
-    shared_w2: Tensor | None = None
+    shared_w13: Tensor | QTensor | None = None
+    shared_w2: Tensor | QTensor | None = None
 
 
 def moe_megakernel_fwd(
@@ -52,7 +55,7 @@ def moe_megakernel_fwd(
     swiglu_limit: float | None = None,
     token_ids: Tensor | None = None,
     tid2eid: Tensor | None = None,
-    activation_format: str | None = None,
+    activation_format: ActivationFormat | None = None,
 ) -> Tensor:
     """Mixture of experts with all experts in one operator (:func:`ops.moe_ffn`).
 
@@ -63,7 +66,17 @@ def moe_megakernel_fwd(
         Y[token] = Σ_k s_k · swiglu(X[token]·w13[e_k]ᵀ)·w2[e_k]ᵀ        + the shared expert with weight 1
 
     summed in float32 (float64) by increasing expert. Differentiable in X, gate, w13, w2 and the shared weights; kept
-    for the backward pass are X, the pre-activations and the routing, nothing permuted.
+    for the backward pass are X, the pre-activations and the routing, nothing permuted. Quantised weights take part with
+    the exact numbers they stand for and get no gradient.
+
+    With ``activation_format="fp8"`` the roundings are those of the DeepSeek-V4 reference code: R to X's dtype, and Q to
+    FP8 in groups of 128 channels of a token (:func:`ops.fp8_linear`)::
+
+        z_k = R(Q(X[token])·w13[e_k]ᵀ)
+        Y[token] = R(Σ_k R(Q(R(s_k · swiglu(z_k)))·w2[e_k]ᵀ))           + the shared expert's, with weight 1
+
+    so routing weights come before the second rounding to FP8. Gradients pass these roundings straight
+    through; those of the matrices are taken with the rounded activations.
 
     Args:
         X: ``[B, T, hidden]`` or ``[tokens, hidden]``, float64, float32, float16 or bfloat16.
@@ -81,14 +94,14 @@ def moe_megakernel_fwd(
         swiglu_limit: experts (the shared one too) compute ``silu(min(g, limit)) * clamp(u, -limit, limit)``.
         token_ids: X's shape without hidden, int64, for hash routing: given exactly when ``tid2eid`` is.
         tid2eid: ``[vocab, topk]`` int32 or int64, the experts of each token id. Weights still come from the gate.
-        activation_format: ``None``; quantised activations are not available yet.
+        activation_format: ``None``: activations as they come; ``"fp8"``: see above.
 
     Returns:
         Y in X's shape and dtype.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit; on CPU also NaN or +inf among the gate's logits.
-        NotImplementedError: ``ep_group_size > 1``, ``activation_format`` or quantised weights.
+        NotImplementedError: ``ep_group_size > 1``.
     """
     x, weight_of_pair, indices = _route(
         "moe_megakernel_fwd",
@@ -108,7 +121,7 @@ def moe_megakernel_fwd(
         activation_format,
     )
     w = weights
-    y = ops.moe_ffn(x, weight_of_pair, indices, w.w13, w.w2, w.shared_w13, w.shared_w2, swiglu_limit)
+    y = ops.moe_ffn(x, weight_of_pair, indices, w.w13, w.w2, w.shared_w13, w.shared_w2, swiglu_limit, activation_format)
     return y.view(X.shape)
 
 
@@ -128,12 +141,13 @@ def moe_forward_unfused(
     swiglu_limit: float | None = None,
     token_ids: Tensor | None = None,
     tid2eid: Tensor | None = None,
-    activation_format: str | None = None,
+    activation_format: ActivationFormat | None = None,
 ) -> Tensor:
     """Mixture of experts operator by operator: gate, permute, grouped product, swiglu, grouped product, combine.
 
     What it computes, its arguments and its errors are those of :func:`moe_megakernel_fwd`. On CPU in float32 and
-    float64 the results are the same bits; in float16 and bfloat16 this one rounds after every operator.
+    float64 the results are the same bits; in float16 and bfloat16 this one rounds after every operator, which with
+    ``activation_format="fp8"`` both do.
     """
     x, weight_of_pair, indices = _route(
         "moe_forward_unfused",
@@ -152,18 +166,41 @@ def moe_forward_unfused(
         tid2eid,
         activation_format,
     )
-    rows, expert_offsets, row_of_slot, _ = ops.moe_permute(x, indices, weights.w13.shape[0])
+    rows, expert_offsets, row_of_slot, slot_of_row = ops.moe_permute(x, indices, weights.w13.shape[0])
+    fp8 = activation_format == "fp8"
 
-    def experts(rows: Tensor, expert_offsets: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-        activation = ops.swiglu(ops.grouped_gemm(rows, w13, expert_offsets), swiglu_limit)
-        return ops.grouped_gemm(activation, w2, expert_offsets)
+    def multiply(rows: Tensor, matrix: Tensor | QTensor, expert_offsets: Tensor | None) -> Tensor:
+        if expert_offsets is not None:
+            return ops.grouped_gemm(rows, matrix, expert_offsets, activation_format=activation_format)
+        if isinstance(matrix, Tensor):  # the one expert of all rows
+            offsets = torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
+            return ops.grouped_gemm(rows, matrix[None], offsets, activation_format=activation_format)
+        return linear(rows, matrix, activation_format)
+
+    def experts(
+        rows: Tensor,
+        w13: Tensor | QTensor,
+        w2: Tensor | QTensor,
+        expert_offsets: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        z = multiply(rows, w13, expert_offsets)
+        if fp8:  # the routing weight comes before the rounding
+            activation = ops.swiglu(z.to(accumulator_dtype(z)), swiglu_limit)
+            activation = (activation if weight is None else activation * weight).to(z.dtype)
+        else:
+            activation = ops.swiglu(z, swiglu_limit)
+        return multiply(activation, w2, expert_offsets)
 
     shared = None
     if weights.shared_w13 is not None and weights.shared_w2 is not None:
-        every_token = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
-        shared = experts(x, every_token, weights.shared_w13[None], weights.shared_w2[None])
-    rows = experts(rows, expert_offsets, weights.w13, weights.w2)
-    return ops.moe_combine(rows, row_of_slot, weight_of_pair, shared).view(X.shape)
+        shared = experts(x, weights.shared_w13, weights.shared_w2)
+    weight_of_row = None
+    if fp8:
+        weight_of_row = weight_of_pair.flatten()[slot_of_row.clamp_min(0).long()] * (slot_of_row >= 0)
+        weight_of_row = weight_of_row[:, None]
+    rows = experts(rows, weights.w13, weights.w2, expert_offsets, weight_of_row)
+    return ops.moe_combine(rows, row_of_slot, None if fp8 else weight_of_pair, shared).view(X.shape)
 
 
 def _route(
@@ -181,15 +218,15 @@ def _route(
     topk_group: int,
     token_ids: Tensor | None,
     tid2eid: Tensor | None,
-    activation_format: str | None,
+    activation_format: ActivationFormat | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checks everything, then gates: X as [tokens, hidden], the pairs' weights and their experts."""
     if ep_group_size != 1:
         raise NotImplementedError(
             f"{name}: ep_group_size must be 1 (one process holds all experts), got {ep_group_size}"
         )
-    if activation_format is not None:
-        raise NotImplementedError(f"{name}: activation_format must be None, got {activation_format!r}")
+    if activation_format not in (None, "none", "fp8"):
+        raise ValueError(f"{name}: activation_format must be None or 'fp8', got {activation_format!r}")
     _check_weights(name, X, weights)
     experts, hidden = weights.gate.shape
     x = X.reshape(math.prod(X.shape[:-1]), hidden)
@@ -231,37 +268,45 @@ def _route(
 def _check_weights(name: str, X: Tensor, weights: MoEWeights) -> None:
     """The layer's own shapes; messages of the operators below would speak of tensors the caller never made."""
 
-    def check(argument: str, tensor: Tensor, dimensions: str, *shape: int | None, dtype: torch.dtype | None) -> None:
-        if not isinstance(tensor, Tensor):
-            raise NotImplementedError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
+    def check(
+        argument: str, given: object, dimensions: str, *shape: int | None, dtype: torch.dtype | None, quantised: bool
+    ) -> torch.Size:
+        if not isinstance(given, (Tensor, FP8Tensor, MXFP4Tensor, NVFP4Tensor) if quantised else Tensor):
+            kinds = "a Tensor or a quantised tensor" if quantised else "a Tensor"
+            raise ValueError(f"{name}: {argument} must be {kinds}, got {type(given).__name__}")
+        tensor: Tensor | QTensor = given
         fits = len(tensor.shape) == len(shape) and all(
             want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
         )
-        right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+        right_type, got_type = True, type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+            got_type = str(tensor.dtype).removeprefix("torch.")
         if fits and right_type and tensor.device == X.device:
-            return
+            return tensor.shape
         expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
         kind = "floating point" if dtype is None else str(dtype).removeprefix("torch.")
-        got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        kind += " or quantised" if quantised else ""
+        got = f"{list(tensor.shape)} {got_type} on {tensor.device}"
         raise ValueError(f"{name}: {argument} must be {dimensions} = [{expected}] {kind} on {X.device}, got {got}")
 
     if X.dim() not in (2, 3) or not X.is_floating_point():
         got = f"{list(X.shape)} {str(X.dtype).removeprefix('torch.')}"
         raise ValueError(f"{name}: X must be [B, T, hidden] or [tokens, hidden] and floating point, got {got}")
     hidden = X.shape[-1]
-    check("gate", weights.gate, "[experts, hidden]", None, hidden, dtype=None)
-    experts = weights.gate.shape[0]
+    experts, _ = check("gate", weights.gate, "[experts, hidden]", None, hidden, dtype=None, quantised=False)
     if weights.gate_bias is not None:
-        check("gate_bias", weights.gate_bias, "[experts]", experts, dtype=torch.float32)
+        check("gate_bias", weights.gate_bias, "[experts]", experts, dtype=torch.float32, quantised=False)
 
-    def check_pair(w13: Tensor, w2: Tensor, prefix: str, leading: tuple[int, ...]) -> None:
+    def check_pair(w13: object, w2: object, prefix: str, leading: tuple[int, ...]) -> None:
         axes = "experts, " if leading else ""
         size = f"{prefix}intermediate"
-        check(f"{prefix}w13", w13, f"[{axes}2 * {size}, hidden]", *leading, None, hidden, dtype=X.dtype)
-        rows = w13.shape[-2]
+        form = f"[{axes}2 * {size}, hidden]"
+        *_, rows, _ = check(f"{prefix}w13", w13, form, *leading, None, hidden, dtype=X.dtype, quantised=True)
         if rows % 2:
             raise ValueError(f"{name}: {prefix}w13 must have an even number of rows, 2 * {size}, got {rows}")
-        check(f"{prefix}w2", w2, f"[{axes}hidden, {size}]", *leading, hidden, rows // 2, dtype=X.dtype)
+        form = f"[{axes}hidden, {size}]"
+        check(f"{prefix}w2", w2, form, *leading, hidden, rows // 2, dtype=X.dtype, quantised=True)
 
     check_pair(weights.w13, weights.w2, "", (experts,))
     if weights.shared_w13 is not None and weights.shared_w2 is not None:

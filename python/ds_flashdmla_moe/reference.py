@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .moe import MoEWeights
     from .ops.moe import Scoring
+    from .qtensor import QTensor
 
 __all__ = [
     "flash_dmla_fwd",
@@ -145,6 +146,12 @@ def _within_capacity(indices: Tensor, experts: int, limit: int) -> Tensor:
     return torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank < limit).view_as(indices)
 
 
+def _floating(weight: Tensor | QTensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    raise NotImplementedError(f"reference.moe_forward_unfused: floating weights only, got {type(weight).__name__}")
+
+
 def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     if limit is not None:
@@ -196,13 +203,16 @@ def moe_forward_unfused(
     order = order[counts[0] :]
     tokens = order // topk
     # unbind's backward stacks: one pass over the weights' gradient, not one per expert.
-    of_experts = zip(torch.split(x[tokens], counts[1:]), weights.w13.unbind(), weights.w2.unbind(), strict=True)
+    of_experts = zip(
+        torch.split(x[tokens], counts[1:]), _floating(weights.w13).unbind(), _floating(weights.w2).unbind(), strict=True
+    )
     out = [F.linear(_swiglu(F.linear(rows, w13), swiglu_limit), w2) for rows, w13, w2 in of_experts if rows.shape[0]]
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     if out:
         y = y.index_add(0, tokens, torch.cat(out).to(wide) * pair_weights.flatten()[order, None])
     if weights.shared_w13 is not None and weights.shared_w2 is not None:
-        y = y + F.linear(_swiglu(F.linear(x, weights.shared_w13), swiglu_limit), weights.shared_w2)
+        shared_w13, shared_w2 = _floating(weights.shared_w13), _floating(weights.shared_w2)
+        y = y + F.linear(_swiglu(F.linear(x, shared_w13), swiglu_limit), shared_w2)
     return y.to(X.dtype).view_as(X)
 
 

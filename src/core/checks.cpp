@@ -68,6 +68,20 @@ void Check::aligned(const char* argument, const TensorView& tensor, int bytes) c
        "an address " + std::to_string(misaligned) + " bytes off");
 }
 
+void Check::offsets(const char* argument, const TensorView& offsets, std::int64_t total) const {
+  contiguous(argument, offsets, "[batch + 1]", {kAny}, {DType::int32});
+  that(offsets.size(0) >= 1, argument, "[batch + 1]", describe(offsets));
+  if (offsets.device.type != DeviceType::cpu) return;
+  const std::int32_t* c = offsets.as<const std::int32_t>();
+  that(c[0] >= 0, argument, "at least 0", c[0]);
+  for (std::int64_t b = 1; b < offsets.size(0); ++b) {
+    that(c[b] >= c[b - 1], argument, "not decreasing",
+         std::to_string(c[b - 1]) + " before " + std::to_string(c[b]) + " at " + std::to_string(b));
+  }
+  const std::int32_t last = c[offsets.size(0) - 1];
+  that(last <= total, argument, "at most the number of rows, " + std::to_string(total), last);
+}
+
 void Check::workspace(const Launch& launch, std::size_t bytes) const {
   const std::size_t given = launch.workspace ? launch.workspace_bytes : 0;
   that(given >= bytes, "workspace", "of at least " + std::to_string(bytes) + " bytes", std::to_string(given));

@@ -41,6 +41,10 @@ class Check {
   /// A present tensor's data must be a multiple of `bytes`.
   void aligned(const char* argument, const TensorView& tensor, int bytes) const;
 
+  /// [batch + 1] int32 where packed sequences begin in `total` rows: at least 0, not decreasing, at most total. The
+  /// contents are checked on the CPU only, where they can be read.
+  void offsets(const char* argument, const TensorView& offsets, std::int64_t total) const;
+
   /// The workspace must hold `bytes`.
   void workspace(const Launch& launch, std::size_t bytes) const;
 

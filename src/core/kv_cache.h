@@ -10,8 +10,7 @@ namespace dsm {
 
 /// `cache` must be pages without gaps inside and without overlap: plain, or in one of `formats`.
 void check_kv_cache(const Check& check, const char* argument, const TensorView& cache,
-                    std::initializer_list<KvFormat> formats = {KvFormat::v32_fp8, KvFormat::v32_nvfp4, KvFormat::v4_fp8,
-                                                               KvFormat::v41_fp8, KvFormat::v41_fp4});
+                    std::initializer_list<KvFormat> formats = kKvFormats);
 
 /// The pages of a cache must have no gaps inside and must not overlap.
 void check_pages(const Check& check, const char* argument, const TensorView& cache);

@@ -3,6 +3,7 @@
 
 // The kernels as compiled for this file's instruction set. Included only by kernels_*.cpp: see vectors.h.
 
+#include "src/cpu/dequantize_kernels.h"
 #include "src/cpu/gemm_kernels.h"
 #include "src/cpu/vector_math_kernels.h"
 
@@ -17,6 +18,7 @@ constexpr Kernels<T> kKernels = {
     .multiply_few = multiply_few<T>,
     .widen = widen<T>,
     .narrow = narrow_to<T>,
+    .dequantize = dequantize<T>,
     .exp_scaled = exp_scaled_array<T>,
     .sigmoid = sigmoid_array<T>,
     .silu = silu_array<T>,

@@ -26,6 +26,18 @@ struct StripProduct {
 
 constexpr std::int64_t kFewRows = 4;
 
+/// Neighbouring elements of a row of quantised weights: (code · scale of its block) · factor.
+template <class T>
+struct QuantizedRow {
+  const std::uint8_t* codes;  ///< E4M3, or two E2M1 in a byte, the first one in the low nibble
+  bool fp4;                   ///< E2M1; then n, in_first_block and block are even
+  std::int64_t n;
+  std::int64_t in_first_block;  ///< elements of the first block from here on
+  std::int64_t block;           ///< elements of the others
+  const T* scales;              ///< the first block's, then the others'
+  T factor;
+};
+
 /// Building blocks for float or double. What each does is said where its caller is declared: gemm.h, convert.h,
 /// vector_math.h.
 template <class T>
@@ -40,6 +52,8 @@ struct Kernels {
   /// out[i * ld + j] = T(matrix(i, j)); columns are zero-filled up to a multiple of `lanes`, which ld must allow.
   void (*widen)(const Matrix&, std::int64_t rows, std::int64_t cols, T* out, std::int64_t ld);
   void (*narrow)(const T*, std::int64_t n, void* out, DType);
+  /// out[i] = element i; each product is rounded to T.
+  void (*dequantize)(const QuantizedRow<T>&, T* out);
 
   T (*exp_scaled)(T* x, std::int64_t n, T scale, T shift);
   void (*sigmoid)(const T* x, std::int64_t n, T* y);

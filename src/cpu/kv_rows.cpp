@@ -42,14 +42,15 @@ void read_record(KvEntry<const std::uint8_t> entry, A* out) {
   for (int i = Record::kQuantized; i < Record::kWidth; ++i) out[i] = kv_tail<Record>(entry, i - Record::kQuantized);
 }
 
-template <class Scale>
-Scale block_scale(float amax, KvScales scales) {
+template <class Record>
+typename Record::Scale block_scale(float amax, KvScales scales) {
+  using Scale = typename Record::Scale;
   if constexpr (std::is_same_v<Scale, float>)
     return scales == KvScales::fp32 ? e4m3_block_scale_float(amax) : to_float(e4m3_block_scale(amax));
   else if constexpr (std::is_same_v<Scale, float8_e8m0fnu>)
     return e4m3_block_scale(amax);
   else
-    return e2m1_block_scale_e4m3(amax);
+    return e2m1_block_scale_e4m3(amax, Record::kScaleOfZeros);
 }
 
 template <class Record>
@@ -58,12 +59,12 @@ void write_record(KvEntry<std::uint8_t> entry, const float* values, KvScales sca
   constexpr int kGroup = Record::kGroup;
   for (int group = 0; group < Record::kQuantized / kGroup; ++group) {
     const float* from = values + group * kGroup;
-    const Scale scale = block_scale<Scale>(largest_magnitude(from, kGroup), scales);
+    const Scale scale = block_scale<Record>(largest_magnitude(from, kGroup), scales);
     store_unaligned(entry.scales + group * static_cast<int>(sizeof(Scale)), scale);
     if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>)
-      encode_e2m1(from, kGroup, to_float(scale), entry.data + group * kGroup / 2);
+      encode_e2m1(from, kGroup, dsm::widen(scale), entry.data + group * kGroup / 2);
     else
-      encode_e4m3(from, kGroup, to_float(scale), entry.data + group * kGroup);
+      encode_e4m3(from, kGroup, dsm::widen(scale), entry.data + group * kGroup);
   }
   if constexpr (std::is_same_v<Record, KvV4Fp8>) entry.scales[Record::kScaleBytes - 1] = 0;
 

@@ -11,10 +11,12 @@
 
 namespace dsm::cpu {
 
-/// NaN if there is one: it has larger bits than every number.
-inline float largest_magnitude(const float* x, std::int64_t n) {
+/// In float32; NaN if there is one: it has larger bits than every number.
+template <class T>
+float largest_magnitude(const T* x, std::int64_t n) {
   std::int32_t bits = 0;
-  for (std::int64_t i = 0; i < n; ++i) bits = std::max(bits, static_cast<std::int32_t>(bits_of(x[i]) & 0x7fffffff));
+  for (std::int64_t i = 0; i < n; ++i)
+    bits = std::max(bits, static_cast<std::int32_t>(bits_of(static_cast<float>(x[i])) & 0x7fffffff));
   return __builtin_bit_cast(float, bits);
 }
 

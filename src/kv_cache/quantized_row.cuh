@@ -170,7 +170,7 @@ __device__ __forceinline__ void store_codes(KvEntry<std::uint8_t> entry, int col
   std::uint8_t* scale_at = entry.scales + column / Record::kGroup * static_cast<int>(sizeof(Scale));
   const bool first = column % Record::kGroup == 0;
   if constexpr (std::is_same_v<typename Record::Element, float4_e2m1>) {
-    const Scale scale = e2m1_block_scale_e4m3(amax);
+    const Scale scale = e2m1_block_scale_e4m3(amax, Record::kScaleOfZeros);
     if (first) store_unaligned(scale_at, scale);
     ByNumber(to_float(scale)).divide(x);
     cuda::store_bytes(entry.data + column / 2, cuda::e2m1_codes(x), aligned);

@@ -5,6 +5,7 @@
 
 #include "src/numerics/bf16.h"
 #include "src/numerics/e8m0.h"
+#include "src/numerics/float_traits.h"
 #include "src/numerics/fp4.h"
 #include "src/numerics/fp8.h"
 #include "src/numerics/host_device.h"
@@ -29,6 +30,7 @@ struct KvV32Nvfp4 {
   using Tail = float8_e4m3fn;
   static constexpr int kWidth = 576, kQuantized = 512, kGroup = 16;
   static constexpr int kBytes = 352, kTailAt = 256, kScalesAt = 320;
+  static constexpr float kScaleOfZeros = 1;
 };
 
 struct KvV4Fp8 {
@@ -55,6 +57,7 @@ struct KvV41Fp4 {
   using Tail = bfloat16;  // of which there are none
   static constexpr int kWidth = 512, kQuantized = 512, kGroup = 16;
   static constexpr int kBytes = 288, kScalesAt = 256, kTailAt = 256;
+  static constexpr float kScaleOfZeros = 0x1p-9f;
 };
 
 /// Where a row's bytes are. Byte is std::uint8_t, const or not.
@@ -93,13 +96,11 @@ DSM_HD_INLINE void store_unaligned(std::uint8_t* bytes, T value) {
   __builtin_memcpy(bytes, &value, sizeof value);
 }
 
-DSM_HD_INLINE constexpr float to_float(float x) { return x; }
-
 /// The scale of a group.
 template <class Record, class Byte>
 DSM_HD_INLINE float kv_scale(KvEntry<Byte> entry, int group) {
   using Scale = typename Record::Scale;
-  return to_float(load_unaligned<Scale>(entry.scales + group * static_cast<int>(sizeof(Scale))));
+  return widen(load_unaligned<Scale>(entry.scales + group * static_cast<int>(sizeof(Scale))));
 }
 
 /// A value that has no scale; i counts from kQuantized.
@@ -119,11 +120,12 @@ DSM_HD_INLINE constexpr float e4m3_block_scale_float(float amax) {
   return bits_of(amax) >= 0x7f800000 ? kNan : (scale < kSmallest ? kSmallest : scale);
 }
 
-/// E2M1 groups with E4M3 scales (NVFP4 with global scale 1): amax / 6 limited to [2^-9, 448] and rounded to nearest; 1
-/// where amax / 6 is zero. Values beyond 6 · 448 saturate. Source: NVIDIA Model Optimizer, nvfp4_tensor.py.
-DSM_HD_INLINE constexpr float8_e4m3fn e2m1_block_scale_e4m3(float amax) {
+/// E2M1 groups with E4M3 scales: amax / 6 limited to [2^-9, 448] and rounded to nearest, so that values beyond 6 · 448
+/// saturate; `of_zeros` where amax / 6 is zero. Sources: NVIDIA Model Optimizer, nvfp4_tensor.py (with global scale 1);
+/// DeepSeek-V4.1 reference code.
+DSM_HD_INLINE constexpr float8_e4m3fn e2m1_block_scale_e4m3(float amax, float of_zeros) {
   const float scale = amax / 6.0f;
-  const float limited = scale == 0 ? 1.0f : (scale < 0x1p-9f ? 0x1p-9f : scale);
+  const float limited = scale == 0 ? of_zeros : (scale < 0x1p-9f ? 0x1p-9f : scale);
   return bits_of(amax) >= 0x7f800000 ? float8_e4m3fn{float8_e4m3fn::Format::kNan} : to_e4m3_saturating(limited);
 }
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,101 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..ops import indexer_k_insert, kv_gather, mla_kv_insert, rope_frequencies, v4_kv_insert
+from ..ops import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, rope_frequencies, v4_kv_insert
 from .case import Case, Draw, Function, Sizes, Work
-
-# --- the formats, by their bytes per row ---
-
-_V32_FP8, _V32_NVFP4, _V4_FP8, _V41_FP8, _V41_FP4 = 656, 352, 584, 528, 288
-_QUANTIZED = (_V32_FP8, _V32_NVFP4, _V4_FP8, _V41_FP8, _V41_FP4)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def _e4m3(x: Tensor) -> Tensor:
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def _e2m1(x: Tensor) -> Tensor:
-    """Codes of neighbours in pairs. A tie goes to the even code: down at the first points, up at the others."""
-    down = torch.tensor([0.25, 1.25, 2.5, 5.0], device=x.device)
-    up = torch.tensor([0.75, 1.75, 3.5], device=x.device)
-    size = x.abs()
-    codes = torch.bucketize(size, down) + torch.bucketize(size, up, right=True) + 8 * x.signbit()
-    return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
-
-
-def _quotient(x: Tensor, divisor: float) -> Tensor:
-    """Rounded once. A Python number would be multiplied by as its reciprocal on a GPU."""
-    return x / x.new_full((), divisor)
-
-
-def _power_of_two(amax: Tensor) -> Tensor:
-    """The smallest power of two that is at least amax / 448."""
-    mantissa, exponent = torch.frexp(amax.clamp_min(1e-4) * (1 / torch.tensor(448.0)))
-    return torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
-
-
-def _e8m0_scale(amax: Tensor) -> Tensor:
-    return _power_of_two(amax).to(torch.float8_e8m0fnu)
-
-
-def _float32_scale(amax: Tensor) -> Tensor:
-    return _quotient(amax, 448).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _e4m3_scale(amax: Tensor) -> Tensor:
-    sixth = _quotient(amax, 6)
-    return _e4m3(torch.where(sixth == 0, 1.0, sixth).clamp_min(2.0**-9))
-
-
-def _quantize(x: Tensor, group: int, element: Function, scale: Function) -> tuple[Tensor, Tensor]:
-    """Bytes of the elements and of the scales."""
-    groups = x.unflatten(-1, (-1, group))  # type: ignore[no-untyped-call]
-    scales = scale(groups.abs().amax(-1))
-    return _bytes(element((groups / scales.float()[..., None]).flatten(-2))), _bytes(scales)
-
-
-def _records(rows: Tensor, size: int, scale_format: str) -> Tensor:
-    """``[rows, size]`` bytes of quantised rows, V4's with the scales behind the data."""
-    x = rows.float()
-    if size == _V32_FP8:
-        codes, scales = _quantize(x[:, :512], 128, _e4m3, _float32_scale if scale_format == "fp32" else _power_of_two)
-        return torch.cat((codes, scales, _bytes(x[:, 512:].bfloat16())), -1)
-    if size == _V32_NVFP4:
-        codes, scales = _quantize(x[:, :512], 16, _e2m1, _e4m3_scale)
-        return torch.cat((codes, _bytes(_e4m3(x[:, 512:])), scales), -1)
-    if size == _V4_FP8:
-        codes, scales = _quantize(x[:, :448], 64, _e4m3, _e8m0_scale)
-        return F.pad(torch.cat((codes, _bytes(x[:, 448:].bfloat16()), scales), -1), (0, 1))
-    fp8 = size == _V41_FP8
-    return torch.cat(_quantize(x, 32, _e4m3, _e8m0_scale) if fp8 else _quantize(x, 16, _e2m1, _e4m3_scale), -1)
-
-
-def _store(cache: Tensor, rows: Tensor, slots: Tensor, scale_format: str = "ue8m0") -> Tensor:
-    """Writes the rows whose slot is not -1, in place, and returns the cache."""
-    pages, page_size, _, size = cache.shape
-    kept = slots >= 0
-    page, entry = slots[kept] // page_size, slots[kept] % page_size
-    if cache.dtype == torch.uint8:
-        rows = _records(rows, size, scale_format)
-    if cache.dtype == torch.uint8 and size == _V4_FP8:
-        data, scales = cache.view(pages, -1).tensor_split((page_size * 576,), -1)
-        data.view(pages, page_size, 576)[page, entry] = rows[kept, :576]
-        scales.view(pages, page_size, 8)[page, entry] = rows[kept, 576:]
-    else:
-        cache[page, entry, 0] = rows[kept].to(cache.dtype)
-    return cache
-
+from .kv_records import (
+    QUANTIZED,
+    V4_FP8,
+    V32_FP8,
+    V32_NVFP4,
+    V41_FP4,
+    V41_FP8,
+    e4m3,
+    gather,
+    power_of_two,
+    quantize,
+    store,
+    width_of,
+)
 
 # --- inputs ---
 
 
 def _cache(sizes: Sizes, draw: Draw, size: int) -> Tensor:
     """Zeros; quantised where the size is the bytes of a format."""
-    dtype = torch.uint8 if size in _QUANTIZED else draw.dtype
+    dtype = torch.uint8 if size in QUANTIZED else draw.dtype
     return torch.zeros(sizes["pages"], sizes["page_size"], 1, size, dtype=dtype, device=draw.device)
 
 
@@ -160,20 +89,15 @@ def _indexer_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
 
 
 def _gather_inputs(size: int) -> Inputs:
-    """Rows of E2M1 numbers times powers of two, with the largest in every group: all formats hold them exactly."""
-
     def inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
         cache = _cache(sizes, draw, size)
-        count, width = cache.shape[0] * cache.shape[1], 512 if size in (_V4_FP8, _V41_FP8, _V41_FP4) else 576
-        rows = (2 * draw(count, width)).round().clamp(-4, 4)
-        rows[:, ::16] = 6
-        rows[:, :512] *= torch.exp2(torch.arange(512, device=draw.device) // 16 % 8 - 4.0)
-        every = torch.arange(count, device=draw.device)
+        count, width = cache.shape[0] * cache.shape[1], width_of(size)
+        rows, every = _spread(draw(count, width)), torch.arange(count, device=draw.device)
         if width == 576:
             mla_kv_insert(rows[:, :512], rows[:, 512:], cache, every)
         else:
             v4_kv_insert(rows, cache, every)
-        return {"cache": cache, "indices": _slots(sizes, draw).int(), "dtype": draw.dtype, "rows": rows}
+        return {"cache": cache, "indices": _slots(sizes, draw).int(), "dtype": draw.dtype}
 
     return inputs
 
@@ -197,38 +121,26 @@ def _anew(formula: Function) -> Function:
 
 
 def _mla_insert(latent: Tensor, k_pe: Tensor, cache: Tensor, slots: Tensor, scale_format: str) -> Tensor:
-    return _store(cache, torch.cat((latent, k_pe), -1), slots, scale_format)
+    return store(cache, torch.cat((latent, k_pe), -1), slots, scale_format)
 
 
 def _v4_insert(kv: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
-    return _store(cache, kv, slots)
+    return store(cache, kv, slots)
 
 
 def _v4_whole(kv: Tensor, cache: Tensor, slots: Tensor, weight: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     normalized = kv * (kv.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
-    return _store(cache, reference.rope(normalized[:, None], positions, inv_freq.float())[:, 0], slots)
+    return store(cache, reference.rope(normalized[:, None], positions, inv_freq.float())[:, 0], slots)
 
 
 def _indexer_insert(k: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
-    (codes, scales), (pages, page_size, _, _) = _quantize(k.float(), k.shape[-1], _e4m3, _power_of_two), cache.shape
+    (codes, scales), (pages, page_size, _, _) = quantize(k.float(), k.shape[-1], e4m3, power_of_two), cache.shape
     kept = slots >= 0
     page, entry = slots[kept] // page_size, slots[kept] % page_size
     of_codes, of_scales = cache.view(pages, -1).tensor_split((page_size * k.shape[-1],), -1)
     of_codes.view(pages, page_size, -1)[page, entry] = codes[kept]
     of_scales.view(pages, page_size, 4)[page, entry] = scales[kept]
     return cache
-
-
-def _gather(cache: Tensor, indices: Tensor, dtype: torch.dtype, rows: Tensor) -> Tensor:
-    return kv_gather(cache, indices, dtype)
-
-
-def _gathered(cache: Tensor, indices: Tensor, dtype: torch.dtype, rows: Tensor) -> Tensor:
-    return rows[indices.long()] * (indices >= 0)[:, None]
-
-
-def _gather_peer(cache: Tensor, indices: Tensor, dtype: torch.dtype, rows: Tensor) -> Tensor:
-    return cache.flatten(0, 2)[indices]
 
 
 # --- the cases ---
@@ -239,17 +151,15 @@ _CPU = ({"tokens": 64, "pages": 16, "page_size": 64}, {"tokens": 4096, "pages": 
 _WIDE = (torch.float64, torch.float32)
 
 
-def _rows_work(values: int, row_bytes: int) -> Callable[[Sizes, int], Work]:
-    """Rows of values on one side and of bytes on the other, plain ones where row_bytes is 0."""
-    return lambda sizes, width: Work(0, sizes["tokens"] * (values * width + (row_bytes or values * width)))
-
-
-def _measured(values: int, row_bytes: int, peer: Function | None) -> dict[str, Any]:
-    peers: Mapping[str, Function] = {"torch": peer} if peer else {}
+def _measured(size: int, peer: Function) -> dict[str, Any]:
+    """Rows of values on the one side, and as the cache has them on the other."""
+    values, quantized = width_of(size), size in QUANTIZED
     return {
         "benchmark": {"cpu": _CPU, "cuda": _CUDA},
-        "work": _rows_work(values, row_bytes),
-        "peers": lambda device: peers,
+        "work": lambda sizes, width: Work(
+            0, sizes["tokens"] * (values * width + (size if quantized else size * width))
+        ),
+        "peers": lambda device: {"torch": peer},
     }
 
 
@@ -261,7 +171,7 @@ def _mla_case(label: str, size: int, scale_format: str = "ue8m0") -> Case:
         inputs=_mla_inputs(size, scale_format),
         run=_changed(mla_kv_insert),
         formula=_anew(_mla_insert),
-        **_measured(576, size if size in _QUANTIZED else 0, _mla_insert),
+        **_measured(size, _mla_insert),
     )
 
 
@@ -273,28 +183,131 @@ def _v4_case(label: str, size: int) -> Case:
         inputs=_v4_inputs(size),
         run=_changed(v4_kv_insert),
         formula=_anew(_v4_insert),
-        **_measured(512, size, _v4_insert),
+        **_measured(size, _v4_insert),
     )
 
 
-def _gather_case(label: str, size: int, peer: Function | None = None) -> Case:
-    values = 512 if size in (_V4_FP8, _V41_FP8, _V41_FP4) else 576
+def _gather_case(label: str, size: int) -> Case:
     return Case(
         operator="kv_gather",
         label=label,
         sizes=_SMALL,
         inputs=_gather_inputs(size),
-        run=_gather,
-        formula=_gathered,
-        **_measured(values, size if size in _QUANTIZED else 0, peer),
+        run=kv_gather,
+        formula=gather,
+        **_measured(size, gather),
     )
 
 
+# --- kv_compress ---
+
+
+def _compress_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+    """Two sequences behind one that is too short for an entry; with overlap."""
+    tokens, ratio, channels = sizes["tokens"], sizes["ratio"], 2 * sizes["d"]
+    ends = torch.tensor([0, ratio - 1, tokens // 2, tokens], dtype=torch.int32, device=draw.device)
+    return {
+        "a": draw(tokens, channels),
+        "z": draw(tokens, channels),
+        "ape": draw(ratio, channels),
+        "cu_seqlens": ends,
+        "overlap": True,
+    }
+
+
+def _chunk_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+    """The later parts of three requests, without overlap, whose earlier parts are in the state."""
+    inputs = _compress_inputs(sizes, draw)
+    batch, ratio, channels = 3, sizes["ratio"], 2 * sizes["d"]
+    starts = torch.arange(1, batch + 1, device=draw.device) * (ratio - 1)
+    pages = torch.arange(batch * 2, dtype=torch.int32, device=draw.device).flip(0).view(batch, 2)
+    state = draw(batch * 2, ratio, 2 * channels)
+    return inputs | {"overlap": False, "start_positions": starts, "state": state, "block_table": pages}
+
+
+def _chunk(state: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    state = state.clone()
+    return *kv_compress(**inputs, state=state), state
+
+
+def _pooled(a: Tensor, s: Tensor, ratio: int, overlap: bool) -> Tensor:
+    """The entries of one sequence, of which a and s are [tokens, channels]."""
+    n, d = a.shape[0] // ratio, a.shape[1] // (2 if overlap else 1)
+    values, scores = (x[: n * ratio].view(n, ratio, -1) for x in (a, s))
+    if overlap:
+        before = [
+            F.pad(x[:-1, :, :d], (0, 0, 0, 0, 1, 0), value=fill) for x, fill in ((values, 0.0), (scores, -torch.inf))
+        ]
+        values, scores = (torch.cat((old, x[..., d:]), 1) for old, x in zip(before, (values, scores), strict=True))
+    return (scores.softmax(1) * values).sum(1)
+
+
+def _compress(a: Tensor, z: Tensor, ape: Tensor, cu_seqlens: Tensor, overlap: bool) -> tuple[Tensor, Tensor]:
+    ratio, ends = ape.shape[0], cu_seqlens.tolist()
+    parts: list[Tensor] = []
+    tokens: list[int] = []
+    for begin, end in pairwise(ends):
+        if end - begin < ratio:
+            continue
+        s = z[begin:end] + ape.repeat(-(-(end - begin) // ratio), 1)[: end - begin]
+        parts.append(_pooled(a[begin:end], s, ratio, overlap))
+        tokens += range(begin + ratio - 1, end, ratio)
+    return _padded(torch.cat(parts), tokens, a.shape[0] // ratio)
+
+
+def _padded(c: Tensor, tokens: list[int], entries: int) -> tuple[Tensor, Tensor]:
+    free = entries - len(tokens)
+    return F.pad(c, (0, 0, 0, free)), torch.tensor([*tokens, *[-1] * free], dtype=torch.int32, device=c.device)
+
+
+def _compress_chunk(
+    a: Tensor,
+    z: Tensor,
+    ape: Tensor,
+    cu_seqlens: Tensor,
+    overlap: bool,
+    start_positions: Tensor,
+    state: Tensor,
+    block_table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Request by request: the state's rows put before the call's, and the last of all put back."""
+    (ratio, channels), page_size, ends = ape.shape, state.shape[1], cu_seqlens.tolist()
+    state = state.clone()
+    parts: list[Tensor] = []
+    tokens: list[int] = []
+    for b, (begin, end) in enumerate(pairwise(ends)):
+        start = int(start_positions[b])
+        first = start // ratio * ratio  # of the open group
+        position = torch.arange(first, start + end - begin, device=a.device)
+        page = block_table[b, position // page_size % block_table.shape[1]].long()
+        own = torch.cat((a[begin:end], z[begin:end] + ape[position[start - first :] % ratio]), -1)
+        rows = torch.cat((state[page, position % page_size][: start - first], own))
+        state[page[-ratio:], position[-ratio:] % page_size] = rows[-ratio:]
+        if rows.shape[0] >= ratio:
+            parts.append(_pooled(rows[:, :channels], rows[:, channels:], ratio, overlap))
+            tokens += range(begin + ratio - 1 - (start - first), end, ratio)
+    return *_padded(torch.cat(parts), tokens, min(a.shape[0], a.shape[0] // ratio + len(ends) - 1)), state
+
+
+def _compress_work(sizes: Sizes, width: int) -> Work:
+    """a and z read, c written; per channel of a token a sum, an exponential, two products and two sums."""
+    elements = sizes["tokens"] * 2 * sizes["d"]
+    return Work(6 * elements, (2 * elements + elements // (2 * sizes["ratio"])) * width)
+
+
+def _compress_backward_work(sizes: Sizes, width: int) -> Work:
+    """a, z and dc read, da and dz written."""
+    forward = _compress_work(sizes, width)
+    return Work(2 * forward.flops, forward.bytes + 4 * sizes["tokens"] * sizes["d"] * width)
+
+
+_SMALL_COMPRESS = {"tokens": 23, "ratio": 4, "d": 8}
+
 CASES = (
     _mla_case("plain", 576),
-    _mla_case("V3.2 FP8", _V32_FP8),
-    _mla_case("V3.2 FP8, float32 scales", _V32_FP8, "fp32"),
-    _mla_case("V3.2 NVFP4", _V32_NVFP4),
+    _mla_case("V3.2 FP8", V32_FP8),
+    _mla_case("V3.2 FP8, float32 scales", V32_FP8, "fp32"),
+    _mla_case("V3.2 NVFP4", V32_NVFP4),
     Case(
         operator="v4_kv_insert",
         label="normalised, rotated, plain",
@@ -303,11 +316,11 @@ CASES = (
         run=_changed(v4_kv_insert),
         formula=_anew(_v4_whole),
         dtypes=_WIDE,  # the formula has not the roundings between the steps that narrower rows have
-        **_measured(512, 0, _v4_whole),
+        **_measured(512, _v4_whole),
     ),
-    _v4_case("V4 FP8", _V4_FP8),
-    _v4_case("V4.1 FP8", _V41_FP8),
-    _v4_case("V4.1 FP4", _V41_FP4),
+    _v4_case("V4 FP8", V4_FP8),
+    _v4_case("V4.1 FP8", V41_FP8),
+    _v4_case("V4.1 FP4", V41_FP4),
     Case(
         operator="indexer_k_insert",
         sizes=_SMALL | {"d": 32},
@@ -321,10 +334,33 @@ CASES = (
         work=lambda sizes, width: Work(0, sizes["tokens"] * (sizes["d"] * (width + 1) + 4)),
         peers=lambda device: {"torch": _indexer_insert},
     ),
-    _gather_case("plain", 576, _gather_peer),
-    _gather_case("V3.2 FP8", _V32_FP8),
-    _gather_case("V3.2 NVFP4", _V32_NVFP4),
-    _gather_case("V4 FP8", _V4_FP8),
-    _gather_case("V4.1 FP8", _V41_FP8),
-    _gather_case("V4.1 FP4", _V41_FP4),
+    _gather_case("plain", 576),
+    _gather_case("V3.2 FP8", V32_FP8),
+    _gather_case("V3.2 NVFP4", V32_NVFP4),
+    _gather_case("V4 FP8", V4_FP8),
+    _gather_case("V4.1 FP8", V41_FP8),
+    _gather_case("V4.1 FP4", V41_FP4),
+    Case(
+        operator="kv_compress",
+        label="whole sequences, overlap",
+        sizes=_SMALL_COMPRESS,
+        inputs=_compress_inputs,
+        run=kv_compress,
+        formula=_compress,
+        gradients=("a", "z", "ape"),
+        dtypes=_WIDE,
+        benchmark={"cpu": ({"tokens": 4096, "ratio": 4, "d": 128}, {"tokens": 4096, "ratio": 128, "d": 512})},
+        work=_compress_work,
+        backward_work=_compress_backward_work,
+        peers=lambda device: {"torch": _compress},
+    ),
+    Case(
+        operator="kv_compress",
+        label="chunks",
+        sizes=_SMALL_COMPRESS,
+        inputs=_chunk_inputs,
+        run=_chunk,
+        formula=_compress_chunk,
+        dtypes=_WIDE,
+    ),
 )

@@ -176,13 +176,15 @@ def _gather(cache: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _sparse_work(row_bytes: int, pools: int) -> Function:
-    """Listed rows and q read, out written; scores and output. row_bytes 0: d_qk elements of q's dtype."""
+    """Listed rows (each once) and q read, out written; scores and output. row_bytes 0: d_qk elements of q's dtype."""
 
     def work(sizes: Sizes, width: int) -> Work:
-        d_qk, d_v, keys = sizes.get("d_qk", 512), sizes.get("d_v", 512), pools * sizes["topk"]
+        d_qk, d_v, topk = sizes.get("d_qk", 512), sizes.get("d_v", 512), sizes["topk"]
         queries = sizes["batch"] * sizes["s_q"]
-        flops = 2 * queries * sizes["h_q"] * keys * (d_qk + d_v)
-        return Work(flops, queries * (keys * (row_bytes or d_qk * width) + sizes["h_q"] * (d_qk + d_v) * width))
+        flops = 2 * queries * sizes["h_q"] * pools * topk * (d_qk + d_v)
+        page_sizes = (sizes["page_size"], 2)[:pools]
+        rows = sum(min(queries * topk, sizes["pages"] * page_size) for page_size in page_sizes)
+        return Work(flops, rows * (row_bytes or d_qk * width) + queries * sizes["h_q"] * (d_qk + d_v) * width)
 
     return work
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
+from ..quant import MXFP4Tensor, QTensor, fp8_block_quantize, mxfp4_quantize
 from .case import Case, Draw, Function, Sizes, Work
 
 
@@ -217,6 +218,21 @@ def _gemm_backward_work(sizes: Sizes, width: int) -> Work:
     return Work(2 * forward.flops, forward.bytes + elements * width)
 
 
+def _quantised_gemm_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+    inputs = _gemm_inputs(sizes, draw)
+    return inputs | {"b": mxfp4_quantize(inputs["b"].float())}
+
+
+def _quantised_gemm_formula(a: Tensor, b: MXFP4Tensor, expert_offsets: Tensor) -> Tensor:
+    return _gemm_formula(a, b.dequantize(a.dtype), expert_offsets)
+
+
+def _quantised_gemm_work(sizes: Sizes, width: int) -> Work:
+    """a, codes and scales read, c written."""
+    rows, n, k = sizes["tokens"] * sizes["topk"], sizes["n"], sizes["k"]
+    return Work(2 * rows * n * k, rows * (n + k) * width + _visited(sizes) * n * k * 17 / 32)
+
+
 # --- swiglu ---
 
 
@@ -316,6 +332,33 @@ def _ffn_backward_work(sizes: Sizes, width: int) -> Work:
     return Work(2 * flops, (matrices + gradients + 3 * tokens + z) * width)
 
 
+def _quantised_ffn_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+    """DeepSeek-V4's: routed experts in MXFP4, the shared one in FP8."""
+    inputs = _ffn_inputs(sizes, draw)
+    for name in _MATRICES:
+        quantize: Callable[[Tensor], QTensor] = fp8_block_quantize if "shared" in name else mxfp4_quantize
+        inputs[name] = quantize(inputs[name].float())
+    return inputs
+
+
+def _quantised(formula: Function) -> Function:
+    """The formula, with the numbers that the matrices stand for."""
+
+    def with_numbers(x: Tensor, **others: Any) -> Tensor:
+        numbers = {k: v.dequantize(x.dtype) if isinstance(v, QTensor) else v for k, v in others.items()}
+        result: Tensor = formula(x=x, **numbers)
+        return result
+
+    return with_numbers
+
+
+def _quantised_ffn_work(sizes: Sizes, width: int) -> Work:
+    """x and the visited experts' codes and scales read, y written."""
+    flops, matrices, tokens = _ffn_products(sizes)
+    shared = 3 * sizes["hidden"] * sizes["shared"]
+    return Work(flops, (matrices - shared) * 17 / 32 + shared + 2 * tokens * width)
+
+
 _WIDE = (torch.float64, torch.float32)
 _FFN = {"tokens": 11, "topk": 2, "experts": 4, "hidden": 16, "intermediate": 12, "shared": 8}
 
@@ -377,6 +420,19 @@ CASES = (
         peers=lambda device: {"torch": _gemm_formula},
     ),
     Case(
+        operator="grouped_gemm",
+        label="MXFP4",
+        sizes={"tokens": 11, "topk": 2, "experts": 5, "n": 12, "k": 64},
+        inputs=_quantised_gemm_inputs,
+        run=grouped_gemm,
+        formula=_quantised_gemm_formula,
+        gradients=("a",),
+        benchmark={"cpu": ({"tokens": 1024, "topk": 2, "experts": 16, "n": 1024, "k": 512},)},
+        work=_quantised_gemm_work,
+        backward_work=_quantised_gemm_work,
+        peers=lambda device: {"torch": _quantised_gemm_formula},
+    ),
+    Case(
         operator="swiglu",
         sizes={"rows": 9, "intermediate": 24},
         inputs=_swiglu_inputs,
@@ -415,11 +471,38 @@ CASES = (
             "cpu": (
                 {"tokens": 1024, "topk": 2, "experts": 8, "hidden": 128, "intermediate": 128, "shared": 128},
                 {"tokens": 1024, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},
-                {"tokens": 1, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},
             )
         },
         work=_ffn_work,
         backward_work=_ffn_backward_work,
         peers=_ffn_peers,
+    ),
+    Case(
+        operator="moe_ffn",
+        label="one token",
+        sizes=_FFN | {"tokens": 1},
+        inputs=_ffn_inputs,
+        run=moe_ffn,
+        formula=_ffn_formula,
+        benchmark={
+            "cpu": ({"tokens": 1, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},)
+        },
+        work=_ffn_work,
+        peers=_ffn_peers,
+    ),
+    Case(
+        operator="moe_ffn",
+        label="MXFP4, shared expert in FP8",
+        sizes=_FFN | {"hidden": 64, "intermediate": 32},
+        inputs=_quantised_ffn_inputs,
+        run=moe_ffn,
+        formula=_quantised(_ffn_formula),
+        gradients=("x", "weights"),
+        reads_rounded=True,
+        benchmark={
+            "cpu": ({"tokens": 1024, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},)
+        },
+        work=_quantised_ffn_work,
+        peers=lambda device: {name: _quantised(function) for name, function in _ffn_peers(device).items()},
     ),
 )

@@ -9,7 +9,8 @@ from .attention import (
     flash_dmla_fwd,
 )
 from .hyper_connection import hc_head, hc_post, hc_pre
-from .kv_cache import indexer_k_insert, kv_gather, mla_kv_insert, v4_kv_insert
+from .indexer import hadamard_quantize, indexer_kl_loss, indexer_logits, indexer_topk, paged_indexer_logits
+from .kv_cache import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, v4_kv_insert
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
 from .norm_rope import (
@@ -21,6 +22,7 @@ from .norm_rope import (
     yarn_softmax_scale,
 )
 from .quant import fp8_block_quantize, fp8_quantize, mxfp4_quantize, mxfp4_to_fp8, mxfp4_to_nvfp4, nvfp4_quantize
+from .quant_linear import fp4_linear, fp8_linear
 from .sparse_mla import sparse_mla_prefill, v4_attention_indices
 
 __all__ = [
@@ -29,13 +31,20 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
+    "fp4_linear",
     "fp8_block_quantize",
+    "fp8_linear",
     "fp8_quantize",
     "grouped_gemm",
+    "hadamard_quantize",
     "hc_head",
     "hc_post",
     "hc_pre",
     "indexer_k_insert",
+    "indexer_kl_loss",
+    "indexer_logits",
+    "indexer_topk",
+    "kv_compress",
     "kv_gather",
     "merge_attention_states",
     "mla_decode",
@@ -48,6 +57,7 @@ __all__ = [
     "mxfp4_to_fp8",
     "mxfp4_to_nvfp4",
     "nvfp4_quantize",
+    "paged_indexer_logits",
     "rms_norm",
     "rope",
     "rope_frequencies",

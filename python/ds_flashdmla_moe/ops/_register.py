@@ -17,6 +17,13 @@ def accumulator_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def adjacent(tensor: Tensor) -> Tensor:
+    """The tensor, copied if the elements of its last dimension are apart."""
+    if tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the shape function of ``torch.ops.dsm.<name>``."""
     return torch.library.register_fake(f"dsm::{name}")  # type: ignore[no-any-return]

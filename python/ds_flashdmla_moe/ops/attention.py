@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake, no_double_backward
+from ._register import accumulator_dtype, adjacent, fake, no_double_backward
 
 
 def flash_dmla_fwd(
@@ -74,11 +74,11 @@ def flash_dmla_fwd(
         softmax_scale = max(Q.shape[-1], 1) ** -0.5
     project = WV is not None and not return_latent
     out, latent, lse = torch.ops.dsm.flash_dmla(
-        _adjacent(Q),
-        _adjacent(K),
-        _adjacent(V),
-        None if WK is None else _adjacent(WK),
-        None if WV is None else _adjacent(WV),
+        adjacent(Q),
+        adjacent(K),
+        adjacent(V),
+        None if WK is None else adjacent(WK),
+        None if WV is None else adjacent(WV),
         softmax_scale,
         causal,
         cache_is_latent,
@@ -115,7 +115,7 @@ def flash_attn(
     """
     scale = _default_scale("flash_attn", q, softmax_scale)
     return torch.ops.dsm.flash_attn(  # type: ignore[no-any-return]
-        _adjacent(q), _adjacent(k), _adjacent(v), None, None, scale, causal
+        adjacent(q), adjacent(k), adjacent(v), None, None, scale, causal
     )
 
 
@@ -162,7 +162,7 @@ def flash_attn_varlen_func(
         raise ValueError(f"flash_attn_varlen_func: dropout_p must be 0 (dropout is not supported), got {dropout_p}")
     scale = _default_scale("flash_attn_varlen_func", q, softmax_scale)
     out, lse = torch.ops.dsm.flash_attn(
-        _adjacent(q), _adjacent(k), _adjacent(v), cu_seqlens_qo, cu_seqlens_kv, scale, causal
+        adjacent(q), adjacent(k), adjacent(v), cu_seqlens_qo, cu_seqlens_kv, scale, causal
     )
     return out, lse.transpose(0, 1)
 
@@ -230,13 +230,6 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
-def _adjacent(tensor: Tensor) -> Tensor:
-    """The tensor, copied if the elements of its last dimension are apart."""
-    if tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
-
-
 def _default_scale(operator: str, q: Tensor, softmax_scale: float | None) -> float:
     if q.dim() < 3:
         raise ValueError(f"{operator}: q must end in [rows, heads, d_qk], got shape {list(q.shape)}")
@@ -281,7 +274,7 @@ def _setup_flash_attn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 def _flash_attn_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens_q, cu_seqlens_kv, out, lse = ctx.saved_tensors
     gradients = torch.ops.dsm.flash_attn_backward(
-        torch.zeros_like(out) if dout is None else _adjacent(dout),
+        torch.zeros_like(out) if dout is None else adjacent(dout),
         None if dlse is None else dlse.contiguous(),
         q,
         k,
@@ -346,8 +339,8 @@ def _flash_dmla_backward(
 ) -> tuple[Tensor | None, ...]:
     q, k, v, wk, wv, latent, lse = ctx.saved_tensors
     dq, dk, dv, dwk, dwv = torch.ops.dsm.flash_dmla_backward(
-        None if dout is None or not ctx.project_output else _adjacent(dout),
-        None if dlatent is None else _adjacent(dlatent),
+        None if dout is None or not ctx.project_output else adjacent(dout),
+        None if dlatent is None else adjacent(dlatent),
         None if dlse is None else dlse.contiguous(),
         q,
         k,

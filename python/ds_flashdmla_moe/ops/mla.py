@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake, no_gradient
+from ._register import accumulator_dtype, adjacent, fake, no_gradient
 
 
 def mla_decode(
@@ -52,7 +52,7 @@ def mla_decode(
             within a length beyond the cache.
     """
     scale = _default_scale("mla_decode", q, softmax_scale)
-    inputs = (_adjacent(q), k_cache, block_table, cache_seqlens.contiguous(), scale, causal, k_scale)
+    inputs = (adjacent(q), k_cache, block_table, cache_seqlens.contiguous(), scale, causal, k_scale)
     if out is None:
         return torch.ops.dsm.mla_decode(*inputs, d_v)  # type: ignore[no-any-return]
     _check_out("mla_decode", out, d_v)
@@ -104,12 +104,12 @@ def sparse_mla_decode(
     """
     scale = _default_scale("sparse_mla_decode", q, softmax_scale)
     inputs = (
-        _adjacent(q),
+        adjacent(q),
         k_cache,
-        _adjacent(indices),
+        adjacent(indices),
         None if topk_length is None else topk_length.contiguous(),
         extra_k_cache,
-        None if extra_indices is None else _adjacent(extra_indices),
+        None if extra_indices is None else adjacent(extra_indices),
         None if extra_topk_length is None else extra_topk_length.contiguous(),
         None if attn_sink is None else attn_sink.contiguous(),
         scale,
@@ -141,7 +141,7 @@ def merge_attention_states(
         ValueError: a shape, dtype or device does not fit.
     """
     return torch.ops.dsm.merge_attention_states(  # type: ignore[no-any-return]
-        _adjacent(_stacked("outs", outs)), _stacked("lses", lses), None if attn_sink is None else attn_sink.contiguous()
+        adjacent(_stacked("outs", outs)), _stacked("lses", lses), None if attn_sink is None else attn_sink.contiguous()
     )
 
 
@@ -156,13 +156,6 @@ def _stacked(argument: str, parts: Tensor | Sequence[Tensor]) -> Tensor:
             f"got {shapes or 'none'}"
         )
     return torch.stack(tuple(parts))
-
-
-def _adjacent(tensor: Tensor) -> Tensor:
-    """The tensor, copied if the elements of its last dimension are apart."""
-    if tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
 
 
 def _default_scale(operator: str, q: Tensor, softmax_scale: float | None) -> float:

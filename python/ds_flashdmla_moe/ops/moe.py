@@ -4,6 +4,9 @@
 A *pair* is one visit of a token to an expert: (token, slot) with slot in [0, topk). A negative index stands for a pair
 that capacity dropped; it contributes nothing and gets no gradient. "Wide" is float32, float64 for float64 tensors: all
 products are accumulated in it and rounded once.
+
+Weights may be quantised tensors (:mod:`ds_flashdmla_moe.quant`): products are then taken with the exact numbers that
+the codes and scales stand for, and the weights get no gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._register import fake, no_double_backward
+from ..qtensor import QTensor
+from ._register import adjacent, fake, no_double_backward
+from ._weights import ActivationFormat, format_name, parts_of
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
@@ -105,20 +110,30 @@ def moe_permute(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tenso
         ValueError: a shape, dtype, device or index does not fit.
     """
     rows, expert_offsets, row_of_slot, slot_of_row = torch.ops.dsm.moe_permute(
-        _adjacent(x), indices.contiguous(), experts
+        adjacent(x), indices.contiguous(), experts
     )
     return rows, expert_offsets, row_of_slot, slot_of_row
 
 
-def grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor, transpose_b: bool = True) -> Tensor:
+def grouped_gemm(
+    a: Tensor,
+    b: Tensor | QTensor,
+    expert_offsets: Tensor,
+    transpose_b: bool = True,
+    activation_format: ActivationFormat | None = None,
+) -> Tensor:
     """Multiplies each expert's rows by its own matrix: ``c[row] = a[row] · b[e]ᵀ``. Differentiable in a and b.
 
     Args:
         a: ``[rows, k]``, any floating dtype.
-        b: ``[experts, n, k]`` in a's dtype, or ``[experts, k, n]`` with ``transpose_b=False``.
+        b: ``[experts, n, k]`` in a's dtype or quantised, or ``[experts, k, n]`` in a's dtype with
+            ``transpose_b=False``.
         expert_offsets: ``[experts + 1]`` int32, from 0, not decreasing, at most rows. Rows behind the last expert's
             give 0, whatever they hold.
         transpose_b: see b.
+        activation_format: ``"fp8"`` rounds a to FP8 first, per row and 128 channels, as in
+            :func:`ds_flashdmla_moe.ops.fp8_linear`; a's gradient passes that rounding straight through, b's is taken
+            with the rounded a.
 
     Returns:
         c ``[rows, n]`` in a's dtype.
@@ -126,7 +141,17 @@ def grouped_gemm(a: Tensor, b: Tensor, expert_offsets: Tensor, transpose_b: bool
     Raises:
         ValueError: a shape, dtype, device or offset does not fit.
     """
-    c: Tensor = torch.ops.dsm.grouped_gemm(_adjacent(a), b.contiguous(), expert_offsets.contiguous(), transpose_b)
+    weight = parts_of(b)
+    c: Tensor = torch.ops.dsm.grouped_gemm(
+        adjacent(a),
+        weight.data,
+        expert_offsets.contiguous(),
+        transpose_b,
+        weight.scales,
+        weight.global_scale,
+        list(weight.block),
+        format_name(activation_format),
+    )
     return c
 
 
@@ -150,7 +175,7 @@ def swiglu(z: Tensor, limit: float | None = None) -> Tensor:
     if z.dim() == 0:
         raise ValueError("swiglu: z must have at least one dimension, got a scalar")
     rows = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
-    y: Tensor = torch.ops.dsm.swiglu(_adjacent(rows), _limit(limit))
+    y: Tensor = torch.ops.dsm.swiglu(adjacent(rows), _limit(limit))
     return y.view(*z.shape[:-1], y.shape[-1])
 
 
@@ -187,11 +212,12 @@ def moe_ffn(
     x: Tensor,
     weights: Tensor,
     indices: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    shared_w13: Tensor | None = None,
-    shared_w2: Tensor | None = None,
+    w13: Tensor | QTensor,
+    w2: Tensor | QTensor,
+    shared_w13: Tensor | QTensor | None = None,
+    shared_w2: Tensor | QTensor | None = None,
     swiglu_limit: float | None = None,
+    activation_format: ActivationFormat | None = None,
 ) -> Tensor:
     """All experts in one operator, tile by tile: no permuted x or y is ever made.
 
@@ -199,15 +225,25 @@ def moe_ffn(
     the shared expert, which every token visits with weight 1. Differentiable in x, weights and all four matrices; kept
     for that are the inputs and the pre-activations ``x · w13ᵀ`` in x's dtype, nothing else.
 
+    With ``activation_format="fp8"`` the roundings are those of the DeepSeek-V4 reference code: R to x's dtype, and Q to
+    FP8 per token and 128 channels (:func:`ds_flashdmla_moe.ops.fp8_linear`)::
+
+        z = R(Q(x[token]) · w13[e]ᵀ)
+        y[token] = R(Σ_slot R(Q(R(weights · swiglu(z))) · w2[e]ᵀ))         (+ the shared expert's, with weight 1)
+
+    with swiglu, its product with the weight and the sum in wide. Gradients pass all roundings straight through; those
+    of the matrices are taken with the rounded activations.
+
     Args:
         x: ``[tokens, hidden]``, any floating dtype.
         weights: ``[tokens, topk]`` wide.
         indices: ``[tokens, topk]`` int32, below the number of experts; negative: dropped.
-        w13: ``[experts, 2 * intermediate, hidden]`` in x's dtype: gate rows, then up rows.
-        w2: ``[experts, hidden, intermediate]``.
-        shared_w13: ``[2 * shared_intermediate, hidden]``; ``None``: no shared expert.
+        w13: ``[experts, 2 * intermediate, hidden]`` in x's dtype or quantised: gate rows, then up rows.
+        w2: ``[experts, hidden, intermediate]``, likewise.
+        shared_w13: ``[2 * shared_intermediate, hidden]``, likewise; ``None``: no shared expert.
         shared_w2: ``[hidden, shared_intermediate]``, given exactly when shared_w13 is.
         swiglu_limit: as in :func:`swiglu`.
+        activation_format: see above; ``None``: activations as they come.
 
     Returns:
         ``[tokens, hidden]`` in x's dtype.
@@ -217,25 +253,24 @@ def moe_ffn(
 
     Source of the backward pass: SonicMoE, arXiv 2512.14080.
     """
-    differentiable = (x, weights, w13, w2, shared_w13, shared_w2)
+    parts = [None if w is None else parts_of(w) for w in (w13, w2, shared_w13, shared_w2)]
+    matrices = [part and part.data for part in parts]
+    scales = [tensor for part in parts for tensor in ((part.scales, part.global_scale) if part else (None, None))]
+    blocks = [extent for part in parts for extent in (part.block if part else (1, 1))]
+    differentiable = (x, weights, *matrices)
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     y, _, _ = torch.ops.dsm.moe_ffn(
-        _adjacent(x),
+        adjacent(x),
         weights.contiguous(),
         indices.contiguous(),
-        w13.contiguous(),
-        w2.contiguous(),
-        None if shared_w13 is None else shared_w13.contiguous(),
-        None if shared_w2 is None else shared_w2.contiguous(),
+        *matrices,
         _limit(swiglu_limit),
         keep_z,
+        *scales,
+        blocks,
+        format_name(activation_format),
     )
     return y  # type: ignore[no-any-return]
-
-
-def _adjacent(t: Tensor) -> Tensor:
-    """The operators take rows any distance apart, but adjacent elements."""
-    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
 
 
 def _limit(limit: float | None) -> float:
@@ -268,15 +303,14 @@ def _(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 @fake("grouped_gemm")
-def _(a: Tensor, b: Tensor, expert_offsets: Tensor, transpose_b: bool) -> Tensor:
+def _(a: Tensor, b: Tensor, expert_offsets: Tensor, transpose_b: bool, *rest: Any) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1 if transpose_b else 2])
 
 
 @fake("grouped_gemm_backward")
-def _(
-    dc: Tensor, a: Tensor, b: Tensor, expert_offsets: Tensor, transpose_b: bool, need_da: bool, need_db: bool
-) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape if need_da else 0), b.new_empty(b.shape if need_db else 0)
+def _(dc: Tensor, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_da, need_db = rest[-2:]
+    return a.new_empty(a.shape if need_da else 0), a.new_empty(b.shape if need_db else 0)
 
 
 @fake("swiglu")
@@ -311,6 +345,7 @@ def _(
     shared_w2: Tensor | None,
     swiglu_limit: float,
     keep_z: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z_rows = indices.shape[0] * indices.shape[1] if keep_z else 0
     shared_columns = 0 if shared_w13 is None else shared_w13.shape[0]
@@ -328,16 +363,14 @@ def _(
     w2: Tensor,
     shared_w13: Tensor | None,
     shared_w2: Tensor | None,
-    swiglu_limit: float,
-    z: Tensor,
-    shared_z: Tensor,
-    weight_gradients: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    def gradient_of(weight: Tensor | None) -> Tensor:
-        return x.new_empty(weight.shape if weight is not None and weight_gradients else 0)
+    def gradient_of(weight: Tensor | None, wanted: bool) -> Tensor:
+        return x.new_empty(weight.shape if weight is not None and wanted else 0)
 
-    matrices = (w13, w2, shared_w13, shared_w2)
-    return x.new_empty(x.shape), weights.new_empty(weights.shape), *map(gradient_of, matrices)
+    *_, routed, shared = rest
+    matrices = ((w13, routed), (w2, routed), (shared_w13, shared), (shared_w2, shared))
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), *(gradient_of(*pair) for pair in matrices)
 
 
 # --- derivatives ---
@@ -367,14 +400,17 @@ def _permute_backward(ctx: Any, drows: Tensor, *rest: Tensor) -> tuple[Tensor, N
 
 
 def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, expert_offsets, ctx.transpose_b = inputs
-    ctx.save_for_backward(a, b, expert_offsets)
+    a, b, expert_offsets, ctx.transpose_b, scales, global_scale, *ctx.formats = inputs
+    ctx.save_for_backward(a, b, expert_offsets, scales, global_scale)
 
 
 def _grouped_backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
     need_da, need_db = ctx.needs_input_grad[:2]
-    da, db = torch.ops.dsm.grouped_gemm_backward(_adjacent(dc), *ctx.saved_tensors, ctx.transpose_b, need_da, need_db)
-    return da if need_da else None, db if need_db else None, None, None
+    a, b, expert_offsets, *scales = ctx.saved_tensors
+    da, db = torch.ops.dsm.grouped_gemm_backward(
+        adjacent(dc), a, b, expert_offsets, ctx.transpose_b, *scales, *ctx.formats, need_da, need_db
+    )
+    return da if need_da else None, db if need_db else None, *(None,) * 6
 
 
 def _swiglu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -384,7 +420,7 @@ def _swiglu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     (z,) = ctx.saved_tensors
-    return torch.ops.dsm.swiglu_backward(_adjacent(dy), z, ctx.limit), None
+    return torch.ops.dsm.swiglu_backward(adjacent(dy), z, ctx.limit), None
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -399,21 +435,21 @@ def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.limit, ctx.keep_z = inputs
+    tensors, (ctx.limit, ctx.keep_z), scales, ctx.formats = inputs[:7], inputs[7:9], inputs[9:17], inputs[17:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:], *scales)
 
 
 def _ffn_backward(ctx: Any, dy: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.keep_z:
         raise ValueError("moe_ffn: keep_z must be true where a gradient is wanted, got false")
-    *tensors, z, shared_z = ctx.saved_tensors
-    weight_gradients = any(ctx.needs_input_grad[3:7])
+    tensors, z, scales = ctx.saved_tensors[:7], ctx.saved_tensors[7:9], ctx.saved_tensors[9:]
+    routed, shared = any(ctx.needs_input_grad[3:5]), any(ctx.needs_input_grad[5:7])
     dx, dweights, *dmatrices = torch.ops.dsm.moe_ffn_backward(
-        _adjacent(dy), *tensors, ctx.limit, z, shared_z, weight_gradients
+        adjacent(dy), *tensors, ctx.limit, *z, *scales, *ctx.formats, routed, shared
     )
     needed = [d if need else None for d, need in zip(dmatrices, ctx.needs_input_grad[3:7], strict=True)]
-    return dx, dweights, None, *needed, None, None
+    return dx, dweights, None, *needed, *(None,) * 12
 
 
 torch.library.register_autograd("dsm::moe_gate", _gate_backward, setup_context=_gate_setup)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake, no_double_backward
+from ._register import accumulator_dtype, adjacent, fake, no_double_backward
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -117,7 +117,7 @@ def _rope_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rope_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
     positions, inv_freq = ctx.saved_tensors
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dy = adjacent(dy)
     dx = torch.ops.dsm.rope(dy, positions, inv_freq, ctx.interleaved, not ctx.inverse)
     return dx, None, None, None, None
 
@@ -232,7 +232,7 @@ def _v4_q_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _v4_q_backward(ctx: Any, dy: Tensor, drstd: Tensor) -> tuple[Tensor, None, None, None]:
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dy = adjacent(dy)
     return torch.ops.dsm.v4_q_norm_rope_backward(dy, *ctx.saved_tensors), None, None, None
 
 
@@ -298,7 +298,7 @@ def _v4_output_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _v4_output_backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
     need_do, need_dwo_a = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    dz = dz if dz.stride(-1) == 1 else dz.contiguous()
+    dz = adjacent(dz)
     d_o, dwo_a = torch.ops.dsm.v4_output_projection_backward(dz, *ctx.saved_tensors, ctx.groups, need_do, need_dwo_a)
     return d_o if need_do else None, None, None, dwo_a if need_dwo_a else None, None
 

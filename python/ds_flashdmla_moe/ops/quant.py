@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..qtensor import FP8Tensor, MXFP4Tensor, NVFP4Tensor
-from ._register import fake
+from ._register import adjacent, fake
 
 ScaleFormat = Literal["ue8m0", "fp32"]
 MxRule = Literal["ceil", "ocp"]
@@ -27,7 +27,7 @@ def _matrices(operation: str, x: Tensor, columns: int = 1) -> Tensor:
     if x.dim() == 0 or x.shape[-1] % columns:
         raise ValueError(f"{operation}: x must be [..., K] with K a multiple of {columns}, got {list(x.shape)}")
     x = x.detach()
-    x = x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+    x = adjacent(x)
     return x.reshape(math.prod(x.shape[:-2]), x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
 
 

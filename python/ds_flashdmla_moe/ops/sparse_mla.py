@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ._register import accumulator_dtype, fake, no_double_backward
+from ._register import accumulator_dtype, adjacent, fake, no_double_backward
 
 
 @overload
@@ -92,9 +92,9 @@ def sparse_mla_prefill(
     if q.dim() != 3:
         raise ValueError(f"sparse_mla_prefill: q must be [s_q, h_q, d_qk], got shape {list(q.shape)}")
     inputs = (
-        _adjacent(q),
-        _adjacent(kv),
-        _adjacent(indices),
+        adjacent(q),
+        adjacent(kv),
+        adjacent(indices),
         None if attn_sink is None else attn_sink.contiguous(),
         None if topk_length is None else topk_length.contiguous(),
         max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale,
@@ -175,13 +175,6 @@ def v4_attention_indices(
     return keys.int()[:, None]
 
 
-def _adjacent(tensor: Tensor) -> Tensor:
-    """The tensor, copied if the elements of its last dimension are apart."""
-    if tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
-
-
 @fake("sparse_mla_prefill")
 def _(
     q: Tensor,
@@ -236,7 +229,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dout: Tensor | None, _max_logits: None, dlse: Tensor | None, _probs: None) -> tuple[Any, ...]:
     q, kv, indices, attn_sink, topk_length, out, lse = ctx.saved_tensors
     dq, dkv, dattn_sink = torch.ops.dsm.sparse_mla_backward(
-        torch.zeros_like(out) if dout is None else _adjacent(dout),
+        torch.zeros_like(out) if dout is None else adjacent(dout),
         None if dlse is None else dlse.contiguous(),
         q,
         kv,

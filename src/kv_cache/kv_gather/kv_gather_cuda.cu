@@ -57,7 +57,7 @@ struct Quantized {
       cuda::widen_e2m1(codes, to);
     else
       cuda::widen_e4m3(codes, to);
-    const float factor = to_float(scale);
+    const float factor = widen(scale);
 #pragma unroll
     for (float& value : to) value *= factor;
   }

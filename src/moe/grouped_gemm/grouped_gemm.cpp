@@ -1,8 +1,11 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #include "src/moe/grouped_gemm/grouped_gemm.h"
 
+#include <tuple>
+
 #include "src/core/checks.h"
 #include "src/core/registry.h"
+#include "src/core/weight_checks.h"
 
 namespace dsm {
 namespace {
@@ -11,14 +14,16 @@ const Operator<GroupedGemmArgs> forward("moe", "grouped_gemm", {{"cpu", DeviceTy
 const Operator<GroupedGemmBackwardArgs> backward("moe", "grouped_gemm_backward",
                                                  {{"cpu", DeviceType::cpu, grouped_gemm_backward_cpu}});
 
-/// Checks what both directions share; returns n.
-std::int64_t check_operands(const Check& check, const TensorView& a, const TensorView& b,
-                            const TensorView& expert_offsets, bool transpose_b) {
+/// Checks what both directions share; returns n. Args is GroupedGemmArgs or GroupedGemmBackwardArgs.
+template <class Args>
+std::int64_t check_operands(const Check& check, const Args& args) {
+  const auto& [a, b, expert_offsets, transpose_b] = std::tie(args.a, args.b, args.expert_offsets, args.transpose_b);
   check.tensor("a", a, "[rows, k]", {Check::kAny, Check::kAny}, kFloating);
   check.unit_last_stride("a", a);
   const std::int64_t k = a.size(1);
+  check.that(transpose_b || !args.b_scales, "transpose_b", "true for quantised b", "false");
   if (transpose_b)
-    check.contiguous("b", b, "[experts, n, k]", {Check::kAny, Check::kAny, k}, {a.dtype});
+    check_weight(check, "b", b, args.b_scales, "[experts, n, k]", {Check::kAny, Check::kAny, k}, a.dtype);
   else
     check.contiguous("b", b, "[experts, k, n]", {Check::kAny, k, Check::kAny}, {a.dtype});
   check.contiguous("expert_offsets", expert_offsets, "[experts + 1]", {b.size(0) + 1}, {DType::int32});
@@ -27,7 +32,7 @@ std::int64_t check_operands(const Check& check, const TensorView& a, const Tenso
 
 void check_args(const GroupedGemmArgs& a) {
   const Check check("grouped_gemm");
-  const std::int64_t n = check_operands(check, a.a, a.b, a.expert_offsets, a.transpose_b);
+  const std::int64_t n = check_operands(check, a);
   check.contiguous("c", a.c, "[rows, n]", {a.a.size(0), n}, {a.a.dtype});
   check.on_device(a.a.device, {{"b", a.b}, {"expert_offsets", a.expert_offsets}, {"c", a.c}});
 }
@@ -35,10 +40,11 @@ void check_args(const GroupedGemmArgs& a) {
 void check_args(const GroupedGemmBackwardArgs& a) {
   const Check check("grouped_gemm_backward");
   const std::int64_t rows = a.a ? a.a.size(0) : 0;
-  const std::int64_t n = check_operands(check, a.a, a.b, a.expert_offsets, a.transpose_b);
+  const std::int64_t n = check_operands(check, a);
   check.tensor("dc", a.dc, "[rows, n]", {rows, n}, {a.a.dtype});
   check.unit_last_stride("dc", a.dc);
   if (a.da) check.contiguous("da", a.da, "[rows, k]", {rows, a.a.size(1)}, {a.a.dtype});
+  check.that(!a.db || !a.b_scales, "db", "absent for quantised b", describe(a.db));
   if (a.db) check.contiguous("db", a.db, "b's shape", {a.b.size(0), a.b.size(1), a.b.size(2)}, {a.a.dtype});
   check.on_device(a.a.device,
                   {{"b", a.b}, {"expert_offsets", a.expert_offsets}, {"dc", a.dc}, {"da", a.da}, {"db", a.db}});

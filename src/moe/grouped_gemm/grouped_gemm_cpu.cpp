@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "src/core/checks.h"
@@ -8,6 +9,7 @@
 #include "src/cpu/gemm.h"
 #include "src/cpu/tiles.h"
 #include "src/cpu/visit_dtype.h"
+#include "src/cpu/weights.h"
 #include "src/moe/grouped_gemm/grouped_gemm.h"
 #include "src/numerics/float_traits.h"
 
@@ -26,52 +28,29 @@ std::vector<std::int64_t> checked_offsets(const char* operation, const TensorVie
   return offsets;
 }
 
-template <class T>
-cpu::Matrix matrix_at(const TensorView& tensor, std::int64_t offset, std::int64_t row_stride, std::int64_t col_stride) {
-  return {tensor.as<const T>() + offset, tensor.dtype, row_stride, col_stride};
+cpu::Matrix transposed(cpu::Matrix matrix) {
+  std::swap(matrix.row_stride, matrix.col_stride);
+  return matrix;
 }
 
-/// c[m,n] = a · b, accumulated wide and rounded once; c's rows are ldc elements apart.
+/// out[e] = Σ left[row]ᵀ right[row] over the expert's rows, accumulated wide and rounded once.
 template <class T>
-void multiply(std::int64_t m, std::int64_t n, std::int64_t k, const cpu::Matrix& a, const cpu::Matrix& b, T* c,
-              std::int64_t ldc) {
+void sum_outer_products(const cpu::Activations& left, const cpu::Activations& right,
+                        const std::vector<std::int64_t>& offsets, const TensorView& out) {
   using A = Compute<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    cpu::gemm<A>(m, n, k, 1, a, b, 0, c, ldc);
-  } else {
-    A* wide = cpu::tile_scratch<A>(m * n);
-    cpu::gemm<A>(m, n, k, 1, a, b, 0, wide, n);
-    for (std::int64_t i = 0; i < m; ++i) cpu::narrow(wide + i * n, n, c + i * ldc, a.dtype);
-  }
-}
-
-/// c[row] = a[row] · (b[e] or b[e]ᵀ) for every expert's rows, 0 behind them.
-template <class T>
-void multiply_rows(const TensorView& a, const TensorView& b, bool transpose_b, const std::vector<std::int64_t>& offsets,
-                   const TensorView& c) {
-  const std::int64_t k = a.size(1), n = c.size(1), rows = c.size(0), experts = b.size(0);
-  std::vector<cpu::Extent> products;
-  for (std::int64_t e = 0; e < experts; ++e) products.push_back({offsets[e + 1] - offsets[e], n});
-  cpu::over_tiles(products, kTileRows, kTileColumns, [&](const cpu::Tile& tile) {
-    const std::int64_t row = offsets[tile.matrix] + tile.row, column = tile.column;
-    const cpu::Matrix left = matrix_at<T>(a, row * a.stride[0], a.stride[0], 1);
-    const cpu::Matrix right = transpose_b ? matrix_at<T>(b, tile.matrix * n * k + column * k, 1, k)
-                                          : matrix_at<T>(b, tile.matrix * n * k + column, n, 1);
-    multiply(tile.rows, tile.columns, k, left, right, c.as<T>() + row * n + column, n);
-  });
-  std::fill(c.as<T>() + offsets[experts] * n, c.as<T>() + rows * n, T{});
-}
-
-/// out[e] = Σ left[row]ᵀ right[row] over the expert's rows.
-template <class T>
-void sum_outer_products(const TensorView& left, const TensorView& right, const std::vector<std::int64_t>& offsets,
-                        const TensorView& out) {
   const std::int64_t experts = out.size(0), m = out.size(1), n = out.size(2);
   cpu::over_tiles(std::vector<cpu::Extent>(experts, {m, n}), kTileRows, kTileColumns, [&](const cpu::Tile& tile) {
     const std::int64_t first = offsets[tile.matrix], rows = offsets[tile.matrix + 1] - first;
-    multiply(tile.rows, tile.columns, rows, matrix_at<T>(left, first * left.stride[0] + tile.row, 1, left.stride[0]),
-             matrix_at<T>(right, first * right.stride[0] + tile.column, right.stride[0], 1),
-             out.as<T>() + (tile.matrix * m + tile.row) * n + tile.column, n);
+    const cpu::Matrix a = transposed(left.from(first, tile.row)), b = right.from(first, tile.column);
+    T* c = out.as<T>() + (tile.matrix * m + tile.row) * n + tile.column;
+    if constexpr (std::is_same_v<T, A>) {
+      cpu::gemm<A>(tile.rows, tile.columns, rows, 1, a, b, 0, c, n);
+    } else {
+      A* wide = cpu::tile_scratch<A>(tile.rows * tile.columns);
+      cpu::gemm<A>(tile.rows, tile.columns, rows, 1, a, b, 0, wide, tile.columns);
+      for (std::int64_t i = 0; i < tile.rows; ++i)
+        cpu::narrow(wide + i * tile.columns, tile.columns, c + i * n, out.dtype);
+    }
   });
 }
 
@@ -79,14 +58,18 @@ void sum_outer_products(const TensorView& left, const TensorView& right, const s
 
 void grouped_gemm_cpu(const GroupedGemmArgs& a, const Launch&) {
   const auto offsets = checked_offsets("grouped_gemm", a.expert_offsets, a.a.size(0));
-  cpu::visit_floating(a.a.dtype, [&]<class T>() { multiply_rows<T>(a.a, a.b, a.transpose_b, offsets, a.c); });
+  cpu::multiply_rows(a.a, {a.b, a.b_scales}, a.transpose_b, a.activation_format, offsets, a.c);
 }
 
 void grouped_gemm_backward_cpu(const GroupedGemmBackwardArgs& a, const Launch&) {
   const auto offsets = checked_offsets("grouped_gemm_backward", a.expert_offsets, a.a.size(0));
+  if (a.da) cpu::multiply_rows(a.dc, {a.b, a.b_scales}, !a.transpose_b, ActivationFormat::none, offsets, a.da);
+  if (!a.db) return;
+  const cpu::Activations activations(a.a, offsets.back(), a.activation_format);
+  const cpu::Activations gradients(a.dc, offsets.back(), ActivationFormat::none);
   cpu::visit_floating(a.a.dtype, [&]<class T>() {
-    if (a.da) multiply_rows<T>(a.dc, a.b, !a.transpose_b, offsets, a.da);
-    if (a.db) sum_outer_products<T>(a.transpose_b ? a.dc : a.a, a.transpose_b ? a.a : a.dc, offsets, a.db);
+    sum_outer_products<T>(a.transpose_b ? gradients : activations, a.transpose_b ? activations : gradients, offsets,
+                          a.db);
   });
 }
 

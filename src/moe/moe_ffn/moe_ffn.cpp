@@ -2,9 +2,11 @@
 #include "src/moe/moe_ffn/moe_ffn.h"
 
 #include <limits>
+#include <string>
 
 #include "src/core/checks.h"
 #include "src/core/registry.h"
+#include "src/core/weight_checks.h"
 
 namespace dsm {
 namespace {
@@ -26,21 +28,24 @@ void check_inputs(const Check& check, const Args& a) {
   check.that(tokens * (topk + 1) <= std::numeric_limits<std::int32_t>::max(), "tokens * (topk + 1)", "below 2^31",
              tokens * (topk + 1));
   check.contiguous("weights", a.weights, "[tokens, topk]", {tokens, topk}, {wide(a.x.dtype)});
-  check.contiguous("w13", a.w13, "[experts, 2 * intermediate, hidden]", {Check::kAny, Check::kAny, hidden},
-                   {a.x.dtype});
+  check_weight(check, "w13", a.w13, a.w13_scales, "[experts, 2 * intermediate, hidden]",
+               {Check::kAny, Check::kAny, hidden}, a.x.dtype);
   const std::int64_t experts = a.w13.size(0), columns = a.w13.size(1);
   check.that(columns % 2 == 0, "w13", "of an even number of rows, the gates and then the ups", columns);
-  check.contiguous("w2", a.w2, "[experts, hidden, intermediate]", {experts, hidden, columns / 2}, {a.x.dtype});
+  check_weight(check, "w2", a.w2, a.w2_scales, "[experts, hidden, intermediate]", {experts, hidden, columns / 2},
+               a.x.dtype);
+  check.that(a.shared_w13 || !(a.shared_w13_scales || a.shared_w2_scales), "shared_w13", "given where its scales are",
+             describe(a.shared_w13));
   check.that(bool(a.shared_w13) == bool(a.shared_w2), "shared_w2", "given exactly when shared_w13 is",
              describe(a.shared_w2));
   if (a.shared_w13) {
-    check.contiguous("shared_w13", a.shared_w13, "[2 * shared_intermediate, hidden]", {Check::kAny, hidden},
-                     {a.x.dtype});
+    check_weight(check, "shared_w13", a.shared_w13, a.shared_w13_scales, "[2 * shared_intermediate, hidden]",
+                 {Check::kAny, hidden}, a.x.dtype);
     const std::int64_t shared_columns = a.shared_w13.size(0);
     check.that(shared_columns % 2 == 0, "shared_w13", "of an even number of rows, the gates and then the ups",
                shared_columns);
-    check.contiguous("shared_w2", a.shared_w2, "[hidden, shared_intermediate]", {hidden, shared_columns / 2},
-                     {a.x.dtype});
+    check_weight(check, "shared_w2", a.shared_w2, a.shared_w2_scales, "[hidden, shared_intermediate]",
+                 {hidden, shared_columns / 2}, a.x.dtype);
   }
   check.that(a.swiglu_limit > 0, "swiglu_limit", "above 0", std::to_string(a.swiglu_limit));
   if (a.z) check.contiguous("z", a.z, "[tokens * topk, 2 * intermediate]", {tokens * topk, columns}, {a.x.dtype});
@@ -67,9 +72,19 @@ void check_args(const MoeFfnArgs& a) {
 }
 
 void check_gradient(const Check& check, const char* argument, const TensorView& gradient, const TensorView& like) {
-  const bool fits = bool(gradient) == bool(like) && gradient.rank == like.rank && gradient.shape == like.shape &&
-                    gradient.dtype == like.dtype && gradient.contiguous();
+  const bool fits = gradient.rank == like.rank && gradient.shape == like.shape && gradient.dtype == like.dtype &&
+                    gradient.contiguous();
   check.that(fits, argument, "contiguous, like " + describe(like), describe(gradient));
+}
+
+/// The gradients of an expert's two matrices: both or neither, and neither where one of the matrices is quantised.
+void check_gradients(const Check& check, const char* name13, const TensorView& dw13, const TensorView& w13,
+                     const char* name2, const TensorView& dw2, const TensorView& w2, bool quantised) {
+  check.that(bool(dw13) == bool(dw2), name2, std::string("given exactly when ") + name13 + " is", describe(dw2));
+  if (!dw13) return;
+  check.that(!quantised, name13, "absent for quantised weights", describe(dw13));
+  check_gradient(check, name13, dw13, w13);
+  check_gradient(check, name2, dw2, w2);
 }
 
 void check_args(const MoeFfnBackwardArgs& a) {
@@ -80,12 +95,9 @@ void check_args(const MoeFfnBackwardArgs& a) {
   check.unit_last_stride("dy", a.dy);
   check.contiguous("dx", a.dx, "[tokens, hidden]", {a.x.size(0), a.x.size(1)}, {a.x.dtype});
   check_gradient(check, "dweights", a.dweights, a.weights);
-  check.that(bool(a.dw13) == bool(a.dw2), "dw2", "given exactly when dw13 is", describe(a.dw2));
-  const TensorView none;
-  check_gradient(check, "dw13", a.dw13, a.dw13 ? a.w13 : none);
-  check_gradient(check, "dw2", a.dw2, a.dw13 ? a.w2 : none);
-  check_gradient(check, "dshared_w13", a.dshared_w13, a.dw13 ? a.shared_w13 : none);
-  check_gradient(check, "dshared_w2", a.dshared_w2, a.dw13 ? a.shared_w2 : none);
+  check_gradients(check, "dw13", a.dw13, a.w13, "dw2", a.dw2, a.w2, a.w13_scales || a.w2_scales);
+  check_gradients(check, "dshared_w13", a.dshared_w13, a.shared_w13, "dshared_w2", a.dshared_w2, a.shared_w2,
+                  a.shared_w13_scales || a.shared_w2_scales);
   check.on_device(a.x.device, {{"dy", a.dy},
                                {"dx", a.dx},
                                {"dweights", a.dweights},

@@ -10,6 +10,7 @@
 #include "src/cpu/swiglu_row.h"
 #include "src/cpu/tiles.h"
 #include "src/cpu/visit_dtype.h"
+#include "src/cpu/weights.h"
 #include "src/moe/moe_ffn/moe_ffn.h"
 #include "src/numerics/float_traits.h"
 
@@ -30,8 +31,9 @@ constexpr Index kTileTokens = 512, kTileHidden = 128;   // of sums over experts
 /// An expert and the visits to it, [begin, begin + visits) in the plan's order.
 template <class T>
 struct Expert {
-  const T* w13;
-  const T* w2;
+  const cpu::Weights* w13;
+  const cpu::Weights* w2;
+  Index number;  // of its matrices in w13 and w2
   Index intermediate;
   Index begin, visits;
   T* z;               // of its first visit; null when not kept
@@ -48,11 +50,16 @@ struct Plan {
   std::vector<A> score;
   std::vector<Expert<T>> experts;  // the shared one last
   Index routed;
+  cpu::Weights w13, w2, shared_w13, shared_w2;
 
   /// Args is MoeFfnArgs or MoeFfnBackwardArgs.
   template <class Args>
-  explicit Plan(const Args& a) {
-    const Index tokens = a.x.size(0), topk = a.indices.size(1), count = a.w13.size(0), hidden = a.x.size(1);
+  explicit Plan(const Args& a)
+      : w13(a.w13, a.w13_scales),
+        w2(a.w2, a.w2_scales),
+        shared_w13(a.shared_w13, a.shared_w13_scales),
+        shared_w2(a.shared_w2, a.shared_w2_scales) {
+    const Index tokens = a.x.size(0), topk = a.indices.size(1), count = a.w13.size(0);
     std::vector<std::int32_t> offsets(count + 1), row_of_slot(tokens * topk);
     slot.resize(tokens * topk);
     moe_permute({.indices = a.indices,
@@ -65,28 +72,30 @@ struct Plan {
       token.push_back(static_cast<std::int32_t>(s / topk));
       score.push_back(a.weights.template as<const A>()[s]);
     }
-    const Index intermediate = a.w2.size(2);
+    const Index intermediate = w2.columns();
     for (Index e = 0; e < count; ++e)
-      experts.push_back({a.w13.template as<const T>() + e * 2 * intermediate * hidden,
-                         a.w2.template as<const T>() + e * hidden * intermediate, intermediate, offsets[e],
-                         offsets[e + 1] - offsets[e],
+      experts.push_back({&w13, &w2, e, intermediate, offsets[e], offsets[e + 1] - offsets[e],
                          a.z ? a.z.template as<T>() + offsets[e] * 2 * intermediate : nullptr});
     if (!a.shared_w13) return;
-    experts.push_back({a.shared_w13.template as<const T>(), a.shared_w2.template as<const T>(), a.shared_w2.size(1),
-                       routed, tokens, a.shared_z ? a.shared_z.template as<T>() : nullptr});
+    experts.push_back({&shared_w13, &shared_w2, 0, shared_w2.columns(), routed, tokens,
+                       a.shared_z ? a.shared_z.template as<T>() : nullptr});
     token.resize(routed + tokens);
     std::iota(token.begin() + routed, token.end(), 0);
     score.resize(routed + tokens, A(1));
   }
 
+  Plan(const Plan&) = delete;  // experts point into it
+  Plan& operator=(const Plan&) = delete;
+
   /// Calls body(group, elements) for groups of experts with at least kGroupVisits visits (but the last) and their
-  /// number of activations, offsets being set. Experts without visits take part only `with_empty`.
+  /// number of activations, offsets being set. Experts without visits take part only where their weights' gradients
+  /// must become zero.
   template <class Body>
-  void for_each_group(bool with_empty, const Body& body) const {
+  void for_each_group(const Body& body) const {
     std::vector<Expert<T>> group;
     Index visits = 0, elements = 0;
     for (Expert<T> expert : experts) {
-      if (expert.visits == 0 && !with_empty) continue;
+      if (expert.visits == 0 && !expert.dw13) continue;
       expert.offset = elements;
       visits += expert.visits;
       elements += expert.visits * expert.intermediate;
@@ -115,6 +124,28 @@ cpu::Matrix matrix(const T* data, Index row_stride, Index col_stride, const std:
 template <class T>
 cpu::Matrix rows_of_visits(const TensorView& tensor, const Plan<T>& plan, Index first_visit, Index column = 0) {
   return matrix(tensor.as<const T>() + column, tensor.stride[0], 1, plan.token.data() + first_visit);
+}
+
+/// x[i] = T(x[i]).
+template <class T>
+void round_to(Compute<T>* x, Index n) {
+  if constexpr (!std::is_same_v<T, Compute<T>>) {
+    constexpr Index kPart = 512;
+    T part[kPart];
+    for (Index begin = 0; begin < n; begin += kPart) {
+      const Index count = std::min(kPart, n - begin);
+      cpu::narrow(x + begin, count, part, kDType<T>);
+      cpu::widen(part, kDType<T>, count, x + begin);
+    }
+  }
+}
+
+/// What FP8 mode makes of weighted activations, from the beginning of a tile's row on.
+template <class T>
+void round_activation(Compute<T>* x, Index n) {
+  static_assert(kTileColumns % cpu::kFp8Group == 0, "groups do not cross tiles");
+  round_to<T>(x, n);
+  cpu::round_to_fp8(x, n);
 }
 
 /// [tokens, hidden] sums in the wide type: the result's own memory where that is wide, else scratch.
@@ -148,12 +179,12 @@ class Sums {
   A* data_;
 };
 
-/// sums[token] += score · (left[visit] · right[expert]) for the group's visits, by increasing expert. left's rows are
-/// the group's visits, `depth(expert)` wide; right(expert) is [depth, hidden]; scores null: 1.
-template <class T, class Left, class Right, class Depth>
+/// sums[token] += score · product for the group's visits, by increasing expert, where multiply(expert, visit, rows,
+/// column, columns, product) gives `rows` visits' products with a matrix of the expert; scores null: 1. `rounded`:
+/// every product is rounded to T first.
+template <class T, class Multiply>
 void add_products(const Plan<T>& plan, const std::vector<Expert<T>>& group, Index tokens, Index hidden,
-                  const Left& left, const Right& right, const Depth& depth, const Compute<T>* scores,
-                  Compute<T>* sums) {
+                  const Multiply& multiply, const Compute<T>* scores, bool rounded, Compute<T>* sums) {
   using A = Compute<T>;
   cpu::over_tiles({{tokens, hidden}}, kTileTokens, kTileHidden, [&](const cpu::Tile& tile) {
     A* product = cpu::tile_scratch<A>(kTileVisits * tile.columns);
@@ -164,8 +195,8 @@ void add_products(const Plan<T>& plan, const std::vector<Expert<T>>& group, Inde
       const Index end = std::lower_bound(first, last, tile.row + tile.rows) - plan.token.begin();
       for (Index visit = begin; visit < end; visit += kTileVisits) {
         const Index rows = std::min(kTileVisits, end - visit);
-        cpu::gemm<A>(rows, tile.columns, depth(expert), 1, left(expert, visit - expert.begin),
-                     right(expert, tile.column), 0, product, tile.columns);
+        multiply(expert, visit - expert.begin, rows, tile.column, tile.columns, product);
+        if (rounded) round_to<T>(product, rows * tile.columns);
         for (Index r = 0; r < rows; ++r) {
           const A score = scores ? scores[visit + r] : A(1);
           A* sum = sums + plan.token[visit + r] * hidden + tile.column;
@@ -178,18 +209,20 @@ void add_products(const Plan<T>& plan, const std::vector<Expert<T>>& group, Inde
 
 // --- forward ---
 
-/// z = x · w13ᵀ into the expert's z, if kept, and swiglu(z) into `act`, for one tile of visits x intermediate.
+/// z = x · w13ᵀ into the expert's z, if kept, and swiglu(z) into `act`, for one tile of visits x intermediate. With FP8
+/// activations `act` becomes what MoeFfnArgs says: weighted, and rounded twice.
 template <class T>
-void project_up(const MoeFfnArgs& a, const Plan<T>& plan, const Expert<T>& expert, const cpu::Tile& tile,
-                Compute<T>* act) {
+void project_up(const MoeFfnArgs& a, const Plan<T>& plan, const cpu::Activations& x, const Expert<T>& expert,
+                const cpu::Tile& tile, Compute<T>* act) {
   using A = Compute<T>;
-  const Index hidden = a.x.size(1), intermediate = expert.intermediate, width = tile.columns;
+  const Index intermediate = expert.intermediate, width = tile.columns;
+  const bool fp8 = a.activation_format == ActivationFormat::fp8;
   A* gate = cpu::tile_scratch<A>(2 * tile.rows * width);
   A* up = gate + tile.rows * width;
-  const cpu::Matrix x = rows_of_visits(a.x, plan, expert.begin + tile.row);
-  cpu::gemm<A>(tile.rows, width, hidden, 1, x, matrix(expert.w13 + tile.column * hidden, 1, hidden), 0, gate, width);
-  cpu::gemm<A>(tile.rows, width, hidden, 1, x, matrix(expert.w13 + (intermediate + tile.column) * hidden, 1, hidden), 0,
-               up, width);
+  const cpu::Matrix rows = x.chosen(plan.token.data() + expert.begin + tile.row);
+  expert.w13->multiply_transposed(expert.number, tile.column, tile.rows, width, rows, gate, width);
+  expert.w13->multiply_transposed(expert.number, intermediate + tile.column, tile.rows, width, rows, up, width);
+  if (fp8) round_to<T>(gate, 2 * tile.rows * width);
   for (Index r = 0; r < tile.rows; ++r) {
     const A *g = gate + r * width, *u = up + r * width;
     if (expert.z) {
@@ -197,8 +230,11 @@ void project_up(const MoeFfnArgs& a, const Plan<T>& plan, const Expert<T>& exper
       cpu::narrow(g, width, z, kDType<T>);
       cpu::narrow(u, width, z + intermediate, kDType<T>);
     }
-    cpu::swiglu_row(g, u, width, static_cast<A>(a.swiglu_limit),
-                    act + expert.offset + (tile.row + r) * intermediate + tile.column);
+    A* act_row = act + expert.offset + (tile.row + r) * intermediate + tile.column;
+    cpu::swiglu_row(g, u, width, static_cast<A>(a.swiglu_limit), act_row);
+    if (!fp8) continue;
+    cpu::scale(act_row, width, plan.score[expert.begin + tile.row + r]);
+    round_activation<T>(act_row, width);
   }
 }
 
@@ -207,21 +243,21 @@ void forward(const MoeFfnArgs& a) {
   using A = Compute<T>;
   const Plan<T> plan(a);
   const Index tokens = a.x.size(0), hidden = a.x.size(1);
+  const bool fp8 = a.activation_format == ActivationFormat::fp8;
+  const cpu::Activations x(a.x, tokens, a.activation_format);
   Sums<T> y(a.y);
   std::vector<A> act;
-  plan.for_each_group(false, [&](const std::vector<Expert<T>>& group, Index elements) {
+  plan.for_each_group([&](const std::vector<Expert<T>>& group, Index elements) {
     if (static_cast<Index>(act.size()) < elements) act.resize(elements);
     std::vector<cpu::Extent> activations;
     for (const Expert<T>& expert : group) activations.push_back({expert.visits, expert.intermediate});
     cpu::over_tiles(activations, kTileVisits, kTileColumns,
-                    [&](const cpu::Tile& tile) { project_up(a, plan, group[tile.matrix], tile, act.data()); });
-    add_products(
-        plan, group, tokens, hidden,
-        [&](const Expert<T>& e, Index visit) {
-          return matrix(act.data() + e.offset + visit * e.intermediate, e.intermediate, 1);
-        },
-        [&](const Expert<T>& e, Index column) { return matrix(e.w2 + column * e.intermediate, 1, e.intermediate); },
-        [](const Expert<T>& e) { return e.intermediate; }, plan.score.data(), y.data());
+                    [&](const cpu::Tile& tile) { project_up(a, plan, x, group[tile.matrix], tile, act.data()); });
+    const auto project_down = [&](const Expert<T>& e, Index visit, Index rows, Index column, Index columns, A* out) {
+      const cpu::Matrix left = matrix(act.data() + e.offset + visit * e.intermediate, e.intermediate, 1);
+      e.w2->multiply_transposed(e.number, column, rows, columns, left, out, columns);
+    };
+    add_products(plan, group, tokens, hidden, project_down, fp8 ? nullptr : plan.score.data(), fp8, y.data());
   });
   y.store();
   if (a.z) std::fill(a.z.as<T>() + plan.routed * a.z.size(1), a.z.as<T>() + a.z.numel(), T{});
@@ -234,14 +270,14 @@ template <class T>
 void project_back(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const Expert<T>& expert, const cpu::Tile& tile,
                   Compute<T>* act, Compute<T>* dz) {
   using A = Compute<T>;
-  const Index hidden = a.x.size(1), intermediate = expert.intermediate;
+  const Index intermediate = expert.intermediate;
   const A limit = static_cast<A>(a.swiglu_limit);
   const cpu::Matrix dy = rows_of_visits(a.dy, plan, expert.begin + tile.row);
   A* da = cpu::tile_scratch<A>(tile.rows * kTileColumns);
   std::vector<A> dscore(tile.rows);
   for (Index column = 0; column < intermediate; column += kTileColumns) {
     const Index width = std::min(kTileColumns, intermediate - column);
-    cpu::gemm<A>(tile.rows, width, hidden, 1, dy, matrix(expert.w2 + column, intermediate, 1), 0, da, width);
+    expert.w2->multiply(expert.number, column, tile.rows, width, dy, da, width);
     for (Index r = 0; r < tile.rows; ++r) {
       const Index row = tile.row + r;
       const T* z = expert.z + row * 2 * intermediate + column;
@@ -254,6 +290,7 @@ void project_back(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const Expert
       cpu::swiglu_backward_row(da + r * width, score, dgate, dup, width, limit, act_row, dgate, dup);
       dscore[r] += cpu::dot(act_row, da + r * width, width);
       cpu::scale(act_row, width, score);
+      if (a.activation_format == ActivationFormat::fp8) round_activation<T>(act_row, width);
     }
   }
   for (Index r = 0; r < tile.rows; ++r) {
@@ -281,19 +318,20 @@ void sum_outer_products(const Expert<T>& expert, const Compute<T>* left, Index w
   }
 }
 
+/// Of those experts of the group that have them.
 template <class T>
-void weight_gradients(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const std::vector<Expert<T>>& group,
-                      const Compute<T>* act, const Compute<T>* dz) {
+void weight_gradients(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const cpu::Activations& x,
+                      const std::vector<Expert<T>>& group, const Compute<T>* act, const Compute<T>* dz) {
   const Index hidden = a.x.size(1);
   std::vector<cpu::Extent> w13, w2;
   for (const Expert<T>& expert : group) {
-    w13.push_back({2 * expert.intermediate, hidden});
-    w2.push_back({expert.intermediate, hidden});
+    w13.push_back({expert.dw13 ? 2 * expert.intermediate : 0, hidden});
+    w2.push_back({expert.dw2 ? expert.intermediate : 0, hidden});
   }
   cpu::over_tiles(w13, kTileVisits, kTileColumns, [&](const cpu::Tile& tile) {
     const Expert<T>& e = group[tile.matrix];
-    sum_outer_products(e, dz + 2 * e.offset, 2 * e.intermediate, rows_of_visits(a.x, plan, e.begin, tile.column), tile,
-                       e.dw13, hidden, 1);
+    sum_outer_products(e, dz + 2 * e.offset, 2 * e.intermediate, x.chosen(plan.token.data() + e.begin, tile.column),
+                       tile, e.dw13, hidden, 1);
   });
   cpu::over_tiles(w2, kTileVisits, kTileColumns, [&](const cpu::Tile& tile) {
     const Expert<T>& e = group[tile.matrix];
@@ -305,11 +343,11 @@ void weight_gradients(const MoeFfnBackwardArgs& a, const Plan<T>& plan, const st
 template <class T>
 void set_weight_gradients(const MoeFfnBackwardArgs& a, std::vector<Expert<T>>& experts) {
   const Index routed = a.w13.size(0);
-  for (Index e = 0; e < routed; ++e) {
+  for (Index e = 0; a.dw13 && e < routed; ++e) {
     experts[e].dw13 = a.dw13.as<T>() + e * a.w13.stride[0];
     experts[e].dw2 = a.dw2.as<T>() + e * a.w2.stride[0];
   }
-  if (!a.shared_w13) return;
+  if (!a.dshared_w13) return;
   experts[routed].dw13 = a.dshared_w13.as<T>();
   experts[routed].dw2 = a.dshared_w2.as<T>();
 }
@@ -318,13 +356,13 @@ template <class T>
 void backward(const MoeFfnBackwardArgs& a) {
   using A = Compute<T>;
   Plan<T> plan(a);
-  const bool with_weights = bool(a.dw13);
-  if (with_weights) set_weight_gradients(a, plan.experts);
+  set_weight_gradients(a, plan.experts);
   const Index tokens = a.x.size(0), hidden = a.x.size(1);
   std::fill_n(a.dweights.as<A>(), a.dweights.numel(), A(0));
+  const cpu::Activations x(a.x, a.dw13 || a.dshared_w13 ? tokens : 0, a.activation_format);
   Sums<T> dx(a.dx);
   std::vector<A> act, dz;
-  plan.for_each_group(with_weights, [&](const std::vector<Expert<T>>& group, Index elements) {
+  plan.for_each_group([&](const std::vector<Expert<T>>& group, Index elements) {
     if (static_cast<Index>(act.size()) < elements) {
       act.resize(elements);
       dz.resize(2 * elements);
@@ -334,14 +372,12 @@ void backward(const MoeFfnBackwardArgs& a) {
     cpu::over_tiles(visits, kTileVisits, 1, [&](const cpu::Tile& tile) {
       project_back(a, plan, group[tile.matrix], tile, act.data(), dz.data());
     });
-    add_products(
-        plan, group, tokens, hidden,
-        [&](const Expert<T>& e, Index visit) {
-          return matrix(dz.data() + 2 * (e.offset + visit * e.intermediate), 2 * e.intermediate, 1);
-        },
-        [&](const Expert<T>& e, Index column) { return matrix(e.w13 + column, hidden, 1); },
-        [](const Expert<T>& e) { return 2 * e.intermediate; }, nullptr, dx.data());
-    if (with_weights) weight_gradients(a, plan, group, act.data(), dz.data());
+    const auto through_w13 = [&](const Expert<T>& e, Index visit, Index rows, Index column, Index columns, A* out) {
+      const cpu::Matrix left = matrix(dz.data() + 2 * (e.offset + visit * e.intermediate), 2 * e.intermediate, 1);
+      e.w13->multiply(e.number, column, rows, columns, left, out, columns);
+    };
+    add_products<T>(plan, group, tokens, hidden, through_w13, nullptr, false, dx.data());
+    weight_gradients(a, plan, x, group, act.data(), dz.data());
   });
   dx.store();
 }

@@ -41,19 +41,20 @@ TEST(KvScale, Float32IsTheQuotientButNeverSubnormal) {
 }
 
 TEST(KvScale, E4m3IsTheNearestToASixth) {
-  EXPECT_EQ(to_float(e2m1_block_scale_e4m3(0)), 1);
+  EXPECT_EQ(to_float(e2m1_block_scale_e4m3(0, 1)), 1);
+  EXPECT_EQ(to_float(e2m1_block_scale_e4m3(0, 0x1p-9f)), 0x1p-9f);
   for (float amax : magnitudes()) {
     // What decides is the quotient in float32, as in Model Optimizer.
     const float sixth = static_cast<float>(amax / 6.0);
     const double expected = sixth == 0 ? 1 : nearest_e4m3(std::clamp<double>(sixth, 0x1p-9, 448));
-    ASSERT_EQ(to_float(e2m1_block_scale_e4m3(amax)), expected) << amax;
+    ASSERT_EQ(to_float(e2m1_block_scale_e4m3(amax, 1)), expected) << amax;
   }
 }
 
 TEST(KvScale, NanAndInfinityMakeItNan) {
   for (float amax : {kInf, std::nanf("")}) {
     EXPECT_TRUE(std::isnan(e4m3_block_scale_float(amax)));
-    EXPECT_TRUE(std::isnan(to_float(e2m1_block_scale_e4m3(amax))));
+    EXPECT_TRUE(std::isnan(to_float(e2m1_block_scale_e4m3(amax, 1))));
     EXPECT_TRUE(std::isnan(to_float(e4m3_block_scale(amax))));
   }
 }

@@ -13,6 +13,7 @@ from ds_flashdmla_moe.accuracy import deviation
 from ds_flashdmla_moe.bench import Limits, Row, limits, measurements, timing
 from ds_flashdmla_moe.bench.output import duration, save_json, save_plot, table
 from ds_flashdmla_moe.cases import CASES, Case, Trial, Work
+from ds_flashdmla_moe.quant import QTensor
 
 CPU = torch.device("cpu")
 
@@ -49,8 +50,9 @@ def test_least_time_is_the_larger_of_bytes_and_operations(quick: Limits) -> None
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.benchmark], ids=lambda c: f"{c.operator} {c.label}")
 def test_what_is_compared_computes_the_same(case: Case) -> None:
-    # As in the benchmark, there are as many queries as keys (or one), and all of a head is rotated.
-    equal = {"s_kv": "s_q", "d_rope": "d"}
+    # As in the benchmark, dense attention has as many queries as keys (or one), and rope rotates all of a head.
+    dense = case.operator in ("flash_attn", "flash_dmla")
+    equal = {"s_kv": "s_q" if dense else "s_kv", "d_rope": "d"}
     sizes = {name: case.sizes[equal.get(name, name)] for name in case.sizes}
     trial = Trial(case, torch.float32, CPU, sizes)
     ours = trial.forward()[0]
@@ -68,7 +70,9 @@ def test_work_counts_at_least_what_is_touched(case: Case) -> None:
     """Bytes of the forward pass are those of its inputs and outputs, but for small index tensors."""
     assert case.work
     trial = Trial(case, torch.float32, CPU)
-    tensors = [t for t in (*trial.inputs.values(), *trial.forward()) if isinstance(t, torch.Tensor)]
+    values = [*trial.inputs.values(), *trial.forward()]
+    values += [part for value in values if isinstance(value, QTensor) for part in vars(value).values()]
+    tensors = [t for t in values if isinstance(t, torch.Tensor)]
     touched = sum(t.numel() * t.element_size() for t in tensors)
     counted = case.work(case.sizes, 4).bytes
     print(f"{case.operator}: {counted} bytes counted, {touched} in tensors")

@@ -48,9 +48,10 @@ def quantized(x: Tensor, group: int, table: list[float], rule: str) -> tuple[Ten
     """Codes, packed in pairs for E2M1, and the bytes of the scales."""
     groups = x.float().unflatten(-1, (-1, group))
     amax = groups.abs().amax(-1)
-    if rule == "nvfp4":
+    if rule in ("nvfp4", "v41_fp4"):
         sixth = (amax / 6).double()
-        codes = nearest(torch.where(sixth == 0, 1.0, sixth.clamp_min(2.0**-9)), E4M3)
+        of_zeros = 1.0 if rule == "nvfp4" else 2.0**-9
+        codes = nearest(torch.where(sixth == 0, of_zeros, sixth.clamp_min(2.0**-9)), E4M3)
         scale, scale_bytes = torch.tensor(E4M3, dtype=torch.float32)[codes], codes.to(torch.uint8)
     elif rule == "fp32":
         scale = (amax / 448).clamp_min(2.0**-126)
@@ -79,7 +80,7 @@ def records(rows: Tensor, size: int, scale_format: str = "ue8m0") -> Tensor:
         return torch.cat((elements, little_endian(rows[:, 448:].float().bfloat16()), scales, zero), -1)
     if size == V41_FP8:
         return torch.cat(quantized(rows, 32, E4M3, "e8m0"), -1)
-    return torch.cat(quantized(rows, 16, E2M1, "nvfp4"), -1)
+    return torch.cat(quantized(rows, 16, E2M1, "v41_fp4"), -1)
 
 
 @dataclass

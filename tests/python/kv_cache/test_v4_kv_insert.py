@@ -69,7 +69,7 @@ def test_golden_bytes_v41_fp4() -> None:
     expected = bytearray(288)
     expected[0:4] = bytes.fromhex("1fe44268")
     expected[8], expected[255] = 0x07, 0x70
-    expected[256:288] = b"\x38\x7e" + b"\x38" * 29 + b"\x41"
+    expected[256:288] = b"\x38\x7e" + b"\x01" * 29 + b"\x41"
     assert bytes(cache.flatten().tolist()) == bytes(expected)
 
 

@@ -59,6 +59,29 @@ def test_forward_and_backward_match_float64(
     assert_close("dlogits", logits.grad, truth_logits.grad)
 
 
+def test_golden_values_of_sqrtsoftplus() -> None:
+    """sqrt(softplus) of DeepSeek-V4's gate, evaluated in float64; softplus(v) is v itself beyond 20."""
+    logits = torch.tensor([[-3.0, -1.0, 0.0, 0.5, 2.0, 25.0, 20.5, 36.0]])
+    golden = [0.2204254, 0.5596979, 0.8325546, 0.9869534, 1.4583991, 5.0, 20.5**0.5, 6.0]
+    weights, indices = dsm.ops.moe_gate(logits, 8, scoring="sqrtsoftplus", renormalize=False)
+    scores = torch.zeros(8).scatter(0, indices[0].long(), weights[0])
+    assert torch.allclose(scores, torch.tensor(golden), rtol=1e-6, atol=0)
+    assert scores[[5, 7]].tolist() == [5.0, 6.0]
+
+
+def test_gate_of_deepseek_v3_by_hand() -> None:
+    """Eight experts in four groups: the bias chooses, the scores without it weigh."""
+    logits = torch.tensor([[0.0, 0.0, 2.0, -2.0, 1.0, 1.0, -1.0, -1.0]])
+    bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    # Groups are worth 1, 1, 1.462 and 1.538; in the last two, 1.269 > 0.731 = 0.731 > 0.269.
+    weights, indices = dsm.ops.moe_gate(
+        logits, 3, bias=bias, scoring="sigmoid", n_group=4, topk_group=2, routed_scaling_factor=2.5
+    )
+    assert indices.tolist() == [[6, 4, 5]]
+    scores = torch.sigmoid(torch.tensor([-1.0, 1.0, 1.0]))
+    assert torch.allclose(weights[0], scores / scores.sum() * 2.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_gradcheck(scoring: str) -> None:
     logits = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)

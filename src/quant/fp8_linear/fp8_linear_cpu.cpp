@@ -1,0 +1,15 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#include "src/cpu/weights.h"
+#include "src/quant/fp8_linear/fp8_linear.h"
+
+namespace dsm {
+
+void fp8_linear_cpu(const QuantLinearArgs& a, const Launch&) {
+  cpu::multiply_rows(a.x, {a.weight, a.scales}, true, a.activation_format, {0, a.x.size(0)}, a.y);
+}
+
+void fp8_linear_backward_cpu(const QuantLinearBackwardArgs& a, const Launch&) {
+  cpu::multiply_rows(a.dy, {a.weight, a.scales}, false, ActivationFormat::none, {0, a.dy.size(0)}, a.dx);
+}
+
+}  // namespace dsm
