@@ -10,21 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import attention, hyper_connection, kv_cache, mla, moe, norm_rope, quant, sparse_mla
-from . import attention, indexer, moe, norm_rope
-from . import attention, kv_cache, moe, norm_rope
-from . import attention, hyper_connection, indexer, kv_cache, mla, moe, norm_rope, quant, sparse_mla
 from . import attention, hyper_connection, indexer, kv_cache, mla, moe, norm_rope, quant, quant_linear, sparse_mla
 from .case import Case, Draw, Sizes, Trial, Work
 
 __all__ = ["CASES", "Case", "Draw", "Sizes", "Trial", "Work", "cases_of"]
 
-_FAMILIES = (attention, mla, sparse_mla, kv_cache, hyper_connection, moe, norm_rope, quant)
-_FAMILIES = (attention, mla, sparse_mla, kv_cache, indexer, hyper_connection, moe, norm_rope, quant)
 _FAMILIES = (attention, mla, sparse_mla, kv_cache, indexer, hyper_connection, moe, norm_rope, quant, quant_linear)
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.CASES)
-CASES: tuple[Case, ...] = (*attention.CASES, *indexer.CASES, *moe.CASES, *norm_rope.CASES)
-CASES: tuple[Case, ...] = (*attention.CASES, *kv_cache.CASES, *moe.CASES, *norm_rope.CASES)
 
 
 def cases_of(operators: Iterable[str]) -> list[Case]:

@@ -10,7 +10,6 @@ from .attention import (
 )
 from .hyper_connection import hc_head, hc_post, hc_pre
 from .indexer import hadamard_quantize, indexer_kl_loss, indexer_logits, indexer_topk, paged_indexer_logits
-from .kv_cache import indexer_k_insert, kv_gather, mla_kv_insert, v4_kv_insert
 from .kv_cache import indexer_k_insert, kv_compress, kv_gather, mla_kv_insert, v4_kv_insert
 from .mla import merge_attention_states, mla_decode, sparse_mla_decode
 from .moe import grouped_gemm, moe_combine, moe_ffn, moe_gate, moe_permute, swiglu
@@ -37,13 +36,7 @@ __all__ = [
     "fp8_linear",
     "fp8_quantize",
     "grouped_gemm",
-    "hc_head",
-    "hc_post",
-    "hc_pre",
     "hadamard_quantize",
-    "indexer_kl_loss",
-    "indexer_logits",
-    "indexer_topk",
     "hc_head",
     "hc_post",
     "hc_pre",
