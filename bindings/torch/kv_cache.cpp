@@ -20,31 +20,32 @@ KvScales scales_named(const std::string& name) {
 
 void mla_kv_insert(const Tensor& latent, const Tensor& k_pe, const Tensor& cache, const Tensor& slots,
                    const std::string& scale_format) {
-  Call call(latent);
-  dsm::mla_kv_insert({.latent = view(latent),
-                      .k_pe = view(k_pe),
-                      .slots = view(slots),
-                      .scales = scales_named(scale_format),
-                      .cache = view(cache)},
-                     call.launch());
+  const MlaKvInsertArgs args{.latent = view(latent),
+                             .k_pe = view(k_pe),
+                             .slots = view(slots),
+                             .scales = scales_named(scale_format),
+                             .cache = view(cache)};
+  Call call(latent, mla_kv_insert_workspace(args));
+  dsm::mla_kv_insert(args, call.launch());
 }
 
 void v4_kv_insert(const Tensor& kv, const Tensor& cache, const Tensor& slots, const OptionalTensor& weight, double eps,
                   const OptionalTensor& positions, const OptionalTensor& inv_freq) {
-  Call call(kv);
-  dsm::v4_kv_insert({.kv = view(kv),
-                     .weight = view(weight),
-                     .eps = eps,
-                     .positions = view(positions),
-                     .inv_freq = view(inv_freq),
-                     .slots = view(slots),
-                     .cache = view(cache)},
-                    call.launch());
+  const V4KvInsertArgs args{.kv = view(kv),
+                            .weight = view(weight),
+                            .eps = eps,
+                            .positions = view(positions),
+                            .inv_freq = view(inv_freq),
+                            .slots = view(slots),
+                            .cache = view(cache)};
+  Call call(kv, v4_kv_insert_workspace(args));
+  dsm::v4_kv_insert(args, call.launch());
 }
 
 void indexer_k_insert(const Tensor& k, const Tensor& cache, const Tensor& slots) {
-  Call call(k);
-  dsm::indexer_k_insert({.k = view(k), .slots = view(slots), .cache = view(cache)}, call.launch());
+  const IndexerKInsertArgs args{.k = view(k), .slots = view(slots), .cache = view(cache)};
+  Call call(k, indexer_k_insert_workspace(args));
+  dsm::indexer_k_insert(args, call.launch());
 }
 
 Tensor kv_gather(const Tensor& cache, const Tensor& indices, ScalarType dtype) {

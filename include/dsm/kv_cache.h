@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -82,6 +83,7 @@ struct MlaKvInsertArgs {
   TensorView cache;  ///< in, out: plain of width d_latent + d_rope, or v32_fp8, v32_nvfp4 with 512 + 64
 };
 DSM_API void mla_kv_insert(const MlaKvInsertArgs& args, const Launch& launch = {});
+DSM_API std::size_t mla_kv_insert_workspace(const MlaKvInsertArgs& args);
 
 /// Stores one row per token of DeepSeek-V4's attention, whose keys and values are the same rows, after
 ///
@@ -107,6 +109,7 @@ struct V4KvInsertArgs {
   TensorView cache;      ///< in, out: plain of that width, or v4_fp8, v41_fp8, v41_fp4 with 512
 };
 DSM_API void v4_kv_insert(const V4KvInsertArgs& args, const Launch& launch = {});
+DSM_API std::size_t v4_kv_insert_workspace(const V4KvInsertArgs& args);
 
 /// Stores one key per token of the indexer in its FP8 cache, whose pages are page_size · d e4m3 and then page_size
 /// float32 scales:
@@ -121,6 +124,7 @@ struct IndexerKInsertArgs {
   TensorView cache;  ///< in, out: [pages, page_size, 1, d + 4] uint8|int8|float8_e4m3fn
 };
 DSM_API void indexer_k_insert(const IndexerKInsertArgs& args, const Launch& launch = {});
+DSM_API std::size_t indexer_k_insert_workspace(const IndexerKInsertArgs& args);
 
 /// Reads rows of a cache of any format: out[i] = the values of row indices[i], rounded once to out's dtype (plain
 /// float64 to 16 bits by way of float32). An index that is no row gives zeros.

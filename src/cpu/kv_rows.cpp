@@ -8,33 +8,10 @@
 #include "src/core/kv_cache.h"
 #include "src/cpu/convert.h"
 #include "src/cpu/quantize_group.h"
-#include "src/numerics/kv_record.h"
+#include "src/cpu/visit_record.h"
 
 namespace dsm::cpu {
 namespace {
-
-template <KvFormat F, class Record>
-constexpr bool kMatches = kv_bytes(F) == Record::kBytes && kv_width(F) == Record::kWidth;
-
-/// Calls `f.template operator()<Record>()` with the record type of a format.
-template <class F>
-void visit_record(KvFormat format, F&& f) {
-  static_assert(kMatches<KvFormat::v32_fp8, KvV32Fp8> && kMatches<KvFormat::v32_nvfp4, KvV32Nvfp4> &&
-                kMatches<KvFormat::v4_fp8, KvV4Fp8> && kMatches<KvFormat::v41_fp8, KvV41Fp8> &&
-                kMatches<KvFormat::v41_fp4, KvV41Fp4>);
-  switch (format) {
-    case KvFormat::v32_fp8:
-      return f.template operator()<KvV32Fp8>();
-    case KvFormat::v32_nvfp4:
-      return f.template operator()<KvV32Nvfp4>();
-    case KvFormat::v4_fp8:
-      return f.template operator()<KvV4Fp8>();
-    case KvFormat::v41_fp8:
-      return f.template operator()<KvV41Fp8>();
-    case KvFormat::v41_fp4:
-      return f.template operator()<KvV41Fp4>();
-  }
-}
 
 /// The two values of every byte.
 constexpr auto kE2m1Pairs = [] {

@@ -22,4 +22,13 @@ std::vector<Placement> placements(const TensorView& slots, std::int64_t rows) {
   return all;
 }
 
+std::size_t placements_workspace(const TensorView& slots, const TensorView& cache) {
+  if (slots.device.type != DeviceType::cuda || slots.numel() <= kMaxUnmarkedTokens || cache.numel() == 0) return 0;
+  return static_cast<std::size_t>(cache.size(0) * cache.size(1)) * sizeof(std::int32_t);
+}
+
+std::string too_many_for_cuda(const TensorView& slots) {
+  return slots.numel() > kMaxCudaTokens ? "takes at most " + std::to_string(kMaxCudaTokens) + " tokens" : "";
+}
+
 }  // namespace dsm

@@ -146,6 +146,7 @@ def _indexer_insert(k: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
 # --- the cases ---
 
 _SMALL = {"tokens": 23, "pages": 5, "page_size": 6}
+_CUDA = ({"tokens": 128, "pages": 64, "page_size": 64}, {"tokens": 131072, "pages": 2304, "page_size": 64})
 _CPU = ({"tokens": 64, "pages": 16, "page_size": 64}, {"tokens": 4096, "pages": 80, "page_size": 64})
 _WIDE = (torch.float64, torch.float32)
 
@@ -154,7 +155,7 @@ def _measured(size: int, peer: Function) -> dict[str, Any]:
     """Rows of values on the one side, and as the cache has them on the other."""
     values, quantized = width_of(size), size in QUANTIZED
     return {
-        "benchmark": {"cpu": _CPU},
+        "benchmark": {"cpu": _CPU, "cuda": _CUDA},
         "work": lambda sizes, width: Work(
             0, sizes["tokens"] * (values * width + (size if quantized else size * width))
         ),
@@ -326,7 +327,10 @@ CASES = (
         inputs=_indexer_inputs,
         run=_changed(indexer_k_insert),
         formula=_anew(_indexer_insert),
-        benchmark={"cpu": tuple(sizes | {"d": 128} for sizes in _CPU)},
+        benchmark={
+            "cpu": tuple(sizes | {"d": 128} for sizes in _CPU),
+            "cuda": tuple(sizes | {"d": 128} for sizes in (*_CUDA, {"tokens": 524288, "pages": 8200, "page_size": 64})),
+        },
         work=lambda sizes, width: Work(0, sizes["tokens"] * (sizes["d"] * (width + 1) + 4)),
         peers=lambda device: {"torch": _indexer_insert},
     ),

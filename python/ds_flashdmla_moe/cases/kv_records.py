@@ -50,6 +50,11 @@ def _e2m1(x: Tensor) -> Tensor:
     return (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
 
 
+def _quotient(x: Tensor, divisor: float) -> Tensor:
+    """Rounded once. A Python number would be multiplied by as its reciprocal on a GPU."""
+    return x / x.new_full((), divisor)
+
+
 def power_of_two(amax: Tensor) -> Tensor:
     """The smallest power of two that is at least amax / 448."""
     mantissa, exponent = torch.frexp(amax.clamp_min(1e-4) * (1 / torch.tensor(448.0)))
@@ -61,11 +66,11 @@ def _e8m0_scale(amax: Tensor) -> Tensor:
 
 
 def _float32_scale(amax: Tensor) -> Tensor:
-    return (amax / 448).clamp_min(torch.finfo(torch.float32).tiny)
+    return _quotient(amax, 448).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _v41_scale(amax: Tensor) -> Tensor:
-    return e4m3((amax / 6).clamp_min(2.0**-9))
+    return e4m3(_quotient(amax, 6).clamp_min(2.0**-9))
 
 
 def _nvfp4_scale(amax: Tensor) -> Tensor:

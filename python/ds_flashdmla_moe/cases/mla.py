@@ -271,7 +271,14 @@ CASES = (
         inputs=_merge_inputs,
         run=merge_attention_states,
         formula=_merge,
-        benchmark={"cpu": ({"parts": 2, "batch": 32, "s_q": 1, "h_q": 128, "d_v": 512},)},
+        benchmark={
+            "cpu": ({"parts": 2, "batch": 32, "s_q": 1, "h_q": 128, "d_v": 512},),
+            "cuda": (
+                {"parts": 2, "batch": 16, "s_q": 1, "h_q": 128, "d_v": 512},
+                {"parts": 2, "batch": 512, "s_q": 2, "h_q": 128, "d_v": 512},
+                {"parts": 32, "batch": 16, "s_q": 2, "h_q": 128, "d_v": 512},
+            ),
+        },
         work=_merge_work,
         peers=lambda device: {"torch": _merge},
     ),

@@ -471,11 +471,23 @@ CASES = (
             "cpu": (
                 {"tokens": 1024, "topk": 2, "experts": 8, "hidden": 128, "intermediate": 128, "shared": 128},
                 {"tokens": 1024, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},
-                {"tokens": 1, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},
             )
         },
         work=_ffn_work,
         backward_work=_ffn_backward_work,
+        peers=_ffn_peers,
+    ),
+    Case(
+        operator="moe_ffn",
+        label="one token",
+        sizes=_FFN | {"tokens": 1},
+        inputs=_ffn_inputs,
+        run=moe_ffn,
+        formula=_ffn_formula,
+        benchmark={
+            "cpu": ({"tokens": 1, "topk": 2, "experts": 16, "hidden": 512, "intermediate": 256, "shared": 256},)
+        },
+        work=_ffn_work,
         peers=_ffn_peers,
     ),
     Case(

@@ -8,7 +8,9 @@ namespace dsm {
 namespace {
 
 const Operator<MergeAttentionStatesArgs> merge_states("attention", "merge_attention_states",
-                                                      {{"cpu", DeviceType::cpu, merge_attention_states_cpu}});
+                                                      {{"cuda", DeviceType::cuda,
+                                                        DSM_CUDA_ROW(merge_attention_states_cuda)},
+                                                       {"cpu", DeviceType::cpu, merge_attention_states_cpu}});
 
 void check_args(const MergeAttentionStatesArgs& a) {
   constexpr std::int64_t any = Check::kAny;

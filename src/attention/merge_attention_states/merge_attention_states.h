@@ -6,5 +6,6 @@
 namespace dsm {
 
 void merge_attention_states_cpu(const MergeAttentionStatesArgs& args, const Launch& launch);
+void merge_attention_states_cuda(const MergeAttentionStatesArgs& args, const Launch& launch);
 
 }  // namespace dsm

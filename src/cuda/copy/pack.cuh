@@ -25,6 +25,8 @@ template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
   if constexpr (N * sizeof(T) == kPackBytes)
     return __builtin_bit_cast(Pack<T, N>, *reinterpret_cast<const uint4*>(from));
+  else if constexpr (N * sizeof(T) == 8)
+    return __builtin_bit_cast(Pack<T, N>, *reinterpret_cast<const uint2*>(from));
   else
     return *reinterpret_cast<const Pack<T, N>*>(from);
 }
@@ -44,6 +46,14 @@ __device__ __forceinline__ void use_from_here(Pack<T, N>& pack) {
     uint4 words = __builtin_bit_cast(uint4, pack);
     asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
     pack = __builtin_bit_cast(Pack<T, N>, words);
+  } else if constexpr (N * sizeof(T) == 8) {
+    uint2 words = __builtin_bit_cast(uint2, pack);
+    asm volatile("" : "+r"(words.x), "+r"(words.y));
+    pack = __builtin_bit_cast(Pack<T, N>, words);
+  } else if constexpr (N * sizeof(T) == 4) {
+    auto word = __builtin_bit_cast(unsigned, pack);
+    asm volatile("" : "+r"(word));
+    pack = __builtin_bit_cast(Pack<T, N>, word);
   }
 }
 

@@ -9,7 +9,7 @@ namespace dsm::cuda {
 /// Source: Granlund and Montgomery 1994, "Division by invariant integers using multiplication", figure 4.1.
 class Divider {
  public:
-  /// 1 <= divisor < 2^31
+  /// 1 <= divisor <= 2^31
   explicit Divider(std::uint32_t divisor) : divisor_(divisor) {
     while ((1ull << shift_) < divisor) ++shift_;
     multiplier_ = static_cast<std::uint32_t>((((1ull << shift_) - divisor) << 32) / divisor + 1);

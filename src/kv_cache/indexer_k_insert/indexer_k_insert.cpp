@@ -3,12 +3,16 @@
 
 #include "src/core/kv_cache.h"
 #include "src/core/registry.h"
+#include "src/kv_cache/placements.h"
 
 namespace dsm {
 namespace {
 
+Reason fits_cuda(const IndexerKInsertArgs& a) { return too_many_for_cuda(a.slots); }
+
 const Operator<IndexerKInsertArgs> insert("kv_cache", "indexer_k_insert",
-                                          {{"cpu", DeviceType::cpu, indexer_k_insert_cpu}});
+                                          {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(indexer_k_insert_cuda), fits_cuda},
+                                           {"cpu", DeviceType::cpu, indexer_k_insert_cpu}});
 
 void check_args(const IndexerKInsertArgs& a) {
   const Check check("indexer_k_insert");
@@ -25,8 +29,13 @@ void check_args(const IndexerKInsertArgs& a) {
 
 void indexer_k_insert(const IndexerKInsertArgs& args, const Launch& launch) {
   check_args(args);
+  Check("indexer_k_insert").workspace(launch, indexer_k_insert_workspace(args));
   if (args.slots.numel() == 0 || args.cache.numel() == 0) return;
   insert(args, args.k.device, launch);
+}
+
+std::size_t indexer_k_insert_workspace(const IndexerKInsertArgs& args) {
+  return placements_workspace(args.slots, args.cache);
 }
 
 }  // namespace dsm

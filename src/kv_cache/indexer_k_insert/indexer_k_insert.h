@@ -6,5 +6,6 @@
 namespace dsm {
 
 void indexer_k_insert_cpu(const IndexerKInsertArgs& args, const Launch& launch);
+void indexer_k_insert_cuda(const IndexerKInsertArgs& args, const Launch& launch);
 
 }  // namespace dsm

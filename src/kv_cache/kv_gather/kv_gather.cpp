@@ -7,7 +7,13 @@
 namespace dsm {
 namespace {
 
-const Operator<KvGatherArgs> gather("kv_cache", "kv_gather", {{"cpu", DeviceType::cpu, kv_gather_cpu}});
+Reason fits_cuda(const KvGatherArgs& a) {
+  return a.out.size(1) > kMaxCudaWidth ? "takes rows of at most " + std::to_string(kMaxCudaWidth) + " values" : "";
+}
+
+const Operator<KvGatherArgs> gather("kv_cache", "kv_gather",
+                                    {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(kv_gather_cuda), fits_cuda},
+                                     {"cpu", DeviceType::cpu, kv_gather_cpu}});
 
 void check_args(const KvGatherArgs& a) {
   const Check check("kv_gather");

@@ -3,11 +3,16 @@
 
 #include "src/core/kv_cache.h"
 #include "src/core/registry.h"
+#include "src/kv_cache/placements.h"
 
 namespace dsm {
 namespace {
 
-const Operator<MlaKvInsertArgs> insert("kv_cache", "mla_kv_insert", {{"cpu", DeviceType::cpu, mla_kv_insert_cpu}});
+Reason fits_cuda(const MlaKvInsertArgs& a) { return too_many_for_cuda(a.slots); }
+
+const Operator<MlaKvInsertArgs> insert("kv_cache", "mla_kv_insert",
+                                       {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(mla_kv_insert_cuda), fits_cuda},
+                                        {"cpu", DeviceType::cpu, mla_kv_insert_cpu}});
 
 void check_args(const MlaKvInsertArgs& a) {
   const Check check("mla_kv_insert");
@@ -32,8 +37,13 @@ void check_args(const MlaKvInsertArgs& a) {
 
 void mla_kv_insert(const MlaKvInsertArgs& args, const Launch& launch) {
   check_args(args);
+  Check("mla_kv_insert").workspace(launch, mla_kv_insert_workspace(args));
   if (args.slots.numel() == 0 || args.cache.numel() == 0) return;
   insert(args, args.latent.device, launch);
+}
+
+std::size_t mla_kv_insert_workspace(const MlaKvInsertArgs& args) {
+  return placements_workspace(args.slots, args.cache);
 }
 
 }  // namespace dsm

@@ -6,5 +6,6 @@
 namespace dsm {
 
 void mla_kv_insert_cpu(const MlaKvInsertArgs& args, const Launch& launch);
+void mla_kv_insert_cuda(const MlaKvInsertArgs& args, const Launch& launch);
 
 }  // namespace dsm

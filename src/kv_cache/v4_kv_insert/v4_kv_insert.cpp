@@ -3,11 +3,16 @@
 
 #include "src/core/kv_cache.h"
 #include "src/core/registry.h"
+#include "src/kv_cache/placements.h"
 
 namespace dsm {
 namespace {
 
-const Operator<V4KvInsertArgs> insert("kv_cache", "v4_kv_insert", {{"cpu", DeviceType::cpu, v4_kv_insert_cpu}});
+Reason fits_cuda(const V4KvInsertArgs& a) { return too_many_for_cuda(a.slots); }
+
+const Operator<V4KvInsertArgs> insert("kv_cache", "v4_kv_insert",
+                                      {{"cuda", DeviceType::cuda, DSM_CUDA_ROW(v4_kv_insert_cuda), fits_cuda},
+                                       {"cpu", DeviceType::cpu, v4_kv_insert_cpu}});
 
 void check_args(const V4KvInsertArgs& a) {
   const Check check("v4_kv_insert");
@@ -41,8 +46,11 @@ void check_args(const V4KvInsertArgs& a) {
 
 void v4_kv_insert(const V4KvInsertArgs& args, const Launch& launch) {
   check_args(args);
+  Check("v4_kv_insert").workspace(launch, v4_kv_insert_workspace(args));
   if (args.slots.numel() == 0 || args.cache.numel() == 0) return;
   insert(args, args.kv.device, launch);
 }
+
+std::size_t v4_kv_insert_workspace(const V4KvInsertArgs& args) { return placements_workspace(args.slots, args.cache); }
 
 }  // namespace dsm

@@ -6,5 +6,6 @@
 namespace dsm {
 
 void v4_kv_insert_cpu(const V4KvInsertArgs& args, const Launch& launch);
+void v4_kv_insert_cuda(const V4KvInsertArgs& args, const Launch& launch);
 
 }  // namespace dsm

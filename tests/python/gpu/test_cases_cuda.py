@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,6 +42,27 @@ SIZES: dict[str, list[dict[str, int]]] = {
             (1, 4, 1), (5, 4, 2), (100, 8, 2), (77, 64, 6), (3000, 256, 8), (40, 300, 7), (19, 1024, 32), (0, 8, 2),
         ]
     ],
+    "merge_attention_states": [
+        {"parts": parts, "batch": batch, "s_q": s_q, "h_q": h_q, "d_v": d_v}
+        for parts, batch, s_q, h_q, d_v in [
+            (2, 1, 1, 1, 1), (2, 3, 5, 7, 13), (9, 2, 2, 16, 512), (3, 2, 3, 4, 520),
+            (2, 1, 1, 3, 2000), (2, 1, 0, 2, 8),
+        ]
+    ],
+    # More than 2048 tokens take another way to the last of several with the same slot.
+    **{
+        operator: [
+            {"tokens": tokens, "pages": pages, "page_size": page_size}
+            for tokens, pages, page_size in [(1, 1, 1), (7, 3, 5), (2049, 40, 64), (0, 2, 4)]
+        ]
+        for operator in ("kv_gather", "mla_kv_insert", "v4_kv_insert")
+    },
+    "indexer_k_insert": [
+        {"tokens": tokens, "pages": pages, "page_size": page_size, "d": d}
+        for tokens, pages, page_size, d in [
+            (1, 1, 1, 1), (7, 3, 5, 33), (99, 4, 32, 128), (9, 2, 8, 700), (2049, 40, 64, 128), (0, 2, 4, 8),
+        ]
+    ],
 }  # fmt: skip
 
 ON_CUDA = {
@@ -64,6 +85,10 @@ def every(cases: list[Case], extra: bool) -> list[object]:
     ]
 
 
+def is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def benchmark_sizes(case: Case) -> dict[str, int]:
     """The case's smallest size for measuring, or its own: large enough for many blocks."""
     return dict(case.benchmark.get("cuda", (case.sizes,))[0])
@@ -79,8 +104,10 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def forward_and_backward(trial: Trial) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (*trial.forward(), *trial.backward())
+def forward_and_backward(trial: Trial) -> tuple[Tensor, ...]:
+    """The results, as copies: of some operators they are arguments, which later calls change."""
+    backward = trial.backward() if trial.case.gradients else ()
+    return tuple(result.clone() for result in (*trial.forward(), *backward))
 
 
 def same_bits(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
@@ -95,8 +122,10 @@ def same_bits(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
 def test_matches_float64(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> None:
     trial = Trial(case, dtype, CUDA, sizes)
     with dsm.explain() as choices:
-        errors = {"forward": trial.forward_deviation(), "backward": trial.backward_deviation()}
-    if trial.forward()[0].numel():
+        errors = {"forward": trial.forward_deviation()}
+        if case.gradients:
+            errors["backward"] = trial.backward_deviation()
+    if trial.forward()[0].numel() and sizes.get("tokens") != 0:
         assert {choice.implementation for choice in choices} == {"cuda"}
     for way, error in errors.items():
         print(f"{case.operator} {way}: {error.ratio:.3f} of the allowed error")
@@ -106,16 +135,16 @@ def test_matches_float64(case: Case, sizes: dict[str, int], dtype: torch.dtype) 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("case", "sizes", "dtype"), every(GPU_CASES, extra=False))
 def test_ten_runs_give_the_same_bits(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> None:
-    run = forward_and_backward(Trial(case, dtype, CUDA, benchmark_sizes(case)))
-    first = run()
-    assert all(same_bits(first, run()) for _ in range(9))
+    first = forward_and_backward(Trial(case, dtype, CUDA, benchmark_sizes(case)))
+    again = Trial(case, dtype, CUDA, benchmark_sizes(case))
+    assert all(same_bits(first, forward_and_backward(again)) for _ in range(9))
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.operator}-{case.label}")
 def test_side_stream_beside_a_busy_one(case: Case) -> None:
     trial = Trial(case, torch.float32, CUDA, benchmark_sizes(case))
-    expected = forward_and_backward(trial)()
     source = {name: value.detach().clone() for name, value in trial.inputs.items() if isinstance(value, Tensor)}
+    expected = forward_and_backward(trial)
     busy, side = torch.cuda.Stream(), torch.cuda.Stream()
     noise = torch.randn(4096, 4096, device=CUDA)
     torch.cuda.synchronize()
@@ -131,7 +160,7 @@ def test_side_stream_beside_a_busy_one(case: Case) -> None:
             trial.inputs[name].copy_(value)
         forward = trial.forward()
     with torch.cuda.stream(side):
-        backward = trial.of(case.run).backward()
+        backward = trial.of(case.run).backward() if case.gradients else ()
     side.synchronize()
     assert same_bits(expected, (*forward, *backward))
     torch.cuda.synchronize()
@@ -141,14 +170,17 @@ def test_side_stream_beside_a_busy_one(case: Case) -> None:
 def test_graph_replays_with_changed_inputs(case: Case) -> None:
     sizes = benchmark_sizes(case)
     trial = Trial(case, torch.float32, CUDA, sizes)
-    arguments = [trial.inputs[name] for name in case.gradients]
+    names = case.gradients or [name for name, value in trial.inputs.items() if is_floating(value)]
+    arguments = [trial.inputs[name] for name in names]
 
     def run() -> tuple[Tensor, ...]:
         outputs = case.run(**trial.inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = [output for output in outputs if output.requires_grad]
-        gradients = torch.autograd.grad(wanted, arguments, [torch.ones_like(output) for output in wanted])
-        return (*(output.detach() for output in outputs), *gradients)
+        results = [output.detach().clone() for output in outputs]  # an argument, of some operators
+        if case.gradients:
+            wanted = [output for output in outputs if output.requires_grad]
+            results += torch.autograd.grad(wanted, arguments, [torch.ones_like(output) for output in wanted])
+        return tuple(results)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -170,9 +202,7 @@ def test_graph_replays_with_changed_inputs(case: Case) -> None:
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.operator}-{case.label}")
 def test_compile_fullgraph(case: Case) -> None:
-    trial = Trial(case, torch.float32, CUDA)
     compiled = torch.compile(lambda inputs: case.run(**inputs), fullgraph=True, backend="aot_eager")
-    outputs = compiled(trial.inputs)
-    assert same_bits(
-        trial.forward(), tuple(o.detach() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
-    )
+    outputs = compiled(Trial(case, torch.float32, CUDA).inputs)
+    expected = Trial(case, torch.float32, CUDA).forward()
+    assert same_bits(expected, tuple(o.detach() for o in (outputs if isinstance(outputs, tuple) else (outputs,))))

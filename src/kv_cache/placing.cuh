@@ -1,0 +1,50 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+
+#include "dsm/launch.h"
+#include "src/kv_cache/pages.cuh"
+#include "src/kv_cache/placements.h"
+
+namespace dsm {
+
+/// Which tokens are stored, for kernels.
+struct Placing {
+  const std::int64_t* slots;
+  std::int64_t tokens;
+  /// [rows of the cache] the last token that names a row, where one does; null where there are few tokens.
+  const std::int32_t* last_tokens;
+
+  /// Launches the kernels that make the marks in the workspace.
+  Placing(const char* operation, const TensorView& slots, const TensorView& cache, const Launch& launch);
+
+  /// The slots of `kTokens` tokens of this block, -1 for those that are not stored: all threads of the block must call
+  /// it, each for one of the tokens first, first + 1, ... The last block may have fewer.
+  template <int kTokens>
+  __device__ __forceinline__ std::int64_t slot_of(int token_of_block, const Pages& pages) const {
+    static_assert(kTokens <= 32);
+    const std::int64_t first = std::int64_t{blockIdx.x} * kTokens, token = first + token_of_block;
+    const std::int64_t slot = token < tokens ? slots[token] : -1;
+    if (last_tokens) return pages.valid(slot) && last_tokens[slot] == token ? slot : -1;
+
+    __shared__ std::int64_t block_slots[kTokens];
+    __shared__ unsigned overtaken;  // a bit per token
+    if (threadIdx.x == 0) overtaken = 0;
+    if (threadIdx.x < kTokens)
+      block_slots[threadIdx.x] = first + threadIdx.x < tokens ? slots[first + threadIdx.x] : -1;
+    __syncthreads();
+    unsigned mine = 0;
+    for (std::int64_t later = first + 1 + threadIdx.x; later < tokens; later += blockDim.x) {
+      const std::int64_t other = slots[later];
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i)
+        if (other == block_slots[i] && first + i < later) mine |= 1u << i;
+    }
+    if (mine) atomicOr(&overtaken, mine);
+    __syncthreads();
+    return pages.valid(slot) && !(overtaken >> token_of_block & 1) ? slot : -1;
+  }
+};
+
+}  // namespace dsm

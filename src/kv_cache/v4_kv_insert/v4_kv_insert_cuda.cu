@@ -1,0 +1,235 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+// Bound by memory, with instructions close behind where a row is normalised, turned and quantised. Half a warp makes a
+// quantised row. Its steps see it in two orders: as chunks of neighbours, in which it is loaded and stored, and,
+// through shared memory, one column in 16 a lane, in which the CPU adds up the squares, and pair by pair for the
+// rotation. The bytes are those of the CPU, but for the sign of NaN that arithmetic has made. Rows of plain caches can
+// have any width: a warp makes them column by column.
+#include <cstdint>
+
+#include "src/cpu/visit_dtype.h"
+#include "src/cuda/copy/pack.cuh"
+#include "src/cuda/launch/launch.h"
+#include "src/cuda/reduce/warp.cuh"
+#include "src/kv_cache/placing.cuh"
+#include "src/kv_cache/quantized_row.cuh"
+#include "src/kv_cache/v4_kv_insert/v4_kv_insert.h"
+#include "src/numerics/rope.h"
+
+namespace dsm {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWidth = 512;  // of quantised rows
+constexpr int kAtOnce = 4;   // columns of a plain row that a thread has in flight
+
+/// Any rotation. A call, as its code for huge angles and for double would cost the kernels registers.
+template <class A>
+__device__ __noinline__ Rotation<A> any_rotation(float angle) {
+  return rope_rotation<A>(angle);
+}
+
+/// What is done to a row of T's before it is stored.
+template <class T>
+struct Steps {
+  using A = Compute<T>;
+  const T* weight;  // one of the weights is given, or none
+  const A* wide_weight;
+  A eps;
+  const std::int64_t* positions;
+  const float* inv_freq;
+  std::int64_t pairs;
+
+  explicit Steps(const V4KvInsertArgs& a)
+      : weight(a.weight && a.weight.dtype == a.kv.dtype ? a.weight.as<const T>() : nullptr),
+        wide_weight(a.weight && a.weight.dtype != a.kv.dtype ? a.weight.as<const A>() : nullptr),
+        eps(static_cast<A>(a.eps)),
+        positions(a.positions.as<const std::int64_t>()),
+        inv_freq(a.inv_freq.as<const float>()),
+        pairs(a.positions ? a.inv_freq.size(0) : 0) {}
+
+  __device__ bool normalizes() const { return weight || wide_weight; }
+  __device__ A weight_at(std::int64_t column) const {
+    return weight ? cuda::widened(weight[column]) : wide_weight[column];
+  }
+  /// The sum of 16 lanes, each of one column in 16 in ascending order, becomes the CPU's lane_sum, and so the factor.
+  __device__ A rstd(A squares, std::int64_t width) const {
+    return A(1) / sqrt(cuda::lane_group_sum(squares, 16) / static_cast<A>(width) + eps);
+  }
+  __device__ T normalized(T x, A rstd, A w) const { return cuda::narrowed<T>(cuda::widened(x) * rstd * w); }
+
+  __device__ Rotation<A> rotation(std::int64_t position, std::int64_t pair) const {
+    const float angle = rope_angle(position, inv_freq[pair]);
+    if constexpr (std::is_same_v<A, float>) {
+      const SinCos<float> near = sincos_near(angle);
+      if (fabsf(angle) <= kSincosNear) return {near.cos, near.sin};
+    }
+    return any_rotation<A>(angle);
+  }
+};
+
+template <class Record, class T>
+__global__ void __launch_bounds__(kThreads)
+    v4_kv_insert_record_cuda_kernel(const T* kv, std::int64_t stride, bool packed, bool packed_weight, Steps<T> steps,
+                                    Placing placing, Pages cache, bool aligned) {
+  using A = Compute<T>;
+  constexpr int kTokens = kThreads / kRowLanes, kChunks = kWidth / kChunk / kRowLanes;
+  constexpr int kPadding = 16;  // keeps two rows that a warp reads at the same columns in different banks
+  __shared__ __align__(16) T rows[kTokens][kWidth + kPadding];
+  const int lane = threadIdx.x % kRowLanes, of_block = threadIdx.x / kRowLanes;
+  const std::int64_t token = min(std::int64_t{blockIdx.x} * kTokens + of_block, placing.tokens - 1);
+  T* row = rows[of_block];
+  const auto column = [&](int k) { return (lane + k * kRowLanes) * kChunk; };
+  Chunk<T> chunks[kChunks];
+#pragma unroll
+  for (int k = 0; k < kChunks; ++k) chunks[k].load(kv + token * stride + column(k), packed);
+  const std::int64_t slot = placing.slot_of<kTokens>(of_block, cache);
+  const bool stored = slot >= 0;
+
+  if (steps.normalizes()) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) chunks[k].store_packed(row + column(k));
+    __syncwarp();
+    A squares = 0;
+#pragma unroll 8
+    for (int i = lane; i < kWidth; i += kRowLanes) {
+      const A x = cuda::widened(row[i]);
+      squares += rounded_product(x, x);
+    }
+    const A rstd = steps.rstd(squares, kWidth);
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      A w[kChunk];
+      if (packed_weight && steps.weight) {
+        cuda::load_widened(steps.weight + column(k), w);
+      } else if (packed_weight) {
+        cuda::load_widened(steps.wide_weight + column(k), w);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) w[i] = steps.weight_at(column(k) + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) chunks[k].at[i] = steps.normalized(chunks[k].at[i], rstd, w[i]);
+    }
+    __syncwarp();
+  }
+
+  if (steps.pairs > 0) {
+    const int pairs = static_cast<int>(steps.pairs), turned = kWidth - 2 * pairs;
+    const std::int64_t position = steps.positions[token];
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+      if (column(k) + kChunk > turned) chunks[k].store_packed(row + column(k));
+    __syncwarp();
+    for (int pair = lane; pair < pairs; pair += kRowLanes) {
+      T* at = row + turned + 2 * pair;
+      A a = cuda::widened(at[0]), b = cuda::widened(at[1]);
+      rotate(steps.rotation(position, pair), a, b);
+      at[0] = cuda::narrowed<T>(a);
+      at[1] = cuda::narrowed<T>(b);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+      if (column(k) + kChunk > turned) chunks[k].load(row + column(k), true);
+  }
+
+  const Pages::Place place = cache[stored ? slot : 0];
+  const auto entry = kv_entry<Record>(place.page, place.page_size, place.entry);
+#pragma unroll
+  for (int k = 0; k < kChunks; ++k) {
+    float x[kChunk];
+    chunks[k].values(x);
+    const float amax = largest_magnitude<Record::kGroup / kChunk>(x);
+    if (!stored) continue;
+    if (column(k) < Record::kQuantized)
+      store_codes<Record>(entry, column(k), x, amax, KvScales::ue8m0, aligned);
+    else
+      store_tail<Record>(entry.data, column(k) - Record::kQuantized, x, aligned);
+  }
+  // The byte behind V4's 7 scales.
+  if constexpr (std::is_same_v<Record, KvV4Fp8>)
+    if (stored && lane == 0) entry.scales[Record::kScaleBytes - 1] = 0;
+}
+
+/// For a cache of C's.
+template <class T, class C>
+__global__ void __launch_bounds__(kThreads, 6)
+    v4_kv_insert_plain_cuda_kernel(const T* kv, std::int64_t stride, std::int64_t width, Steps<T> steps,
+                                   Placing placing, Pages cache) {
+  using A = Compute<T>;
+  constexpr int kTokens = kThreads / cuda::kWarpSize;
+  const int lane = threadIdx.x % cuda::kWarpSize, of_block = threadIdx.x / cuda::kWarpSize;
+  const std::int64_t slot = placing.slot_of<kTokens>(of_block, cache);
+  if (slot < 0) return;
+  const std::int64_t token = std::int64_t{blockIdx.x} * kTokens + of_block;
+  const T* row = kv + token * stride;
+  A rstd = 1;
+  if (steps.normalizes()) {
+    A squares = 0;
+    // Both halves of the warp add up the same, so that all lanes know the sum.
+#pragma unroll 8
+    for (std::int64_t i = lane % 16; i < width; i += 16) {
+      const A x = cuda::widened(row[i]);
+      squares += rounded_product(x, x);
+    }
+    rstd = steps.rstd(squares, width);
+  }
+  const auto value = [&](std::int64_t column) {
+    return steps.normalizes() ? steps.normalized(row[column], rstd, steps.weight_at(column)) : row[column];
+  };
+  // Through float, if from double to 16 bits.
+  const auto stored_as = [](T x) { return narrow<C>(static_cast<Compute<C>>(cuda::widened(x))); };
+  const Pages::Place place = cache[slot];
+  C* to = reinterpret_cast<C*>(place.page) + place.entry * width;
+  const std::int64_t turned = width - 2 * steps.pairs;
+  for (std::int64_t begin = lane; begin < turned; begin += kAtOnce * cuda::kWarpSize) {
+    T values[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (begin + j * cuda::kWarpSize < turned) values[j] = value(begin + j * cuda::kWarpSize);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (begin + j * cuda::kWarpSize < turned) to[begin + j * cuda::kWarpSize] = stored_as(values[j]);
+  }
+  for (std::int64_t pair = lane; pair < steps.pairs; pair += cuda::kWarpSize) {
+    const std::int64_t column = turned + 2 * pair;
+    A a = cuda::widened(value(column)), b = cuda::widened(value(column + 1));
+    rotate(steps.rotation(steps.positions[token], pair), a, b);
+    to[column] = stored_as(cuda::narrowed<T>(a));
+    to[column + 1] = stored_as(cuda::narrowed<T>(b));
+  }
+}
+
+template <class T>
+void insert_records(const V4KvInsertArgs& a, KvFormat format, const Launch& launch) {
+  const auto insert = [&]<class Record>() {
+    cuda::launch("v4_kv_insert", v4_kv_insert_record_cuda_kernel<Record, T>,
+                 dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kThreads / kRowLanes)), dim3(kThreads), 0, launch,
+                 a.kv.as<const T>(), a.kv.stride[0], cuda::packable({a.kv}), cuda::packable({a.weight}), Steps<T>(a),
+                 Placing("v4_kv_insert", a.slots, a.cache, launch), Pages(a.cache), Pages::aligned(a.cache));
+  };
+  switch (format) {
+    case KvFormat::v4_fp8:
+      return insert.template operator()<KvV4Fp8>();
+    case KvFormat::v41_fp8:
+      return insert.template operator()<KvV41Fp8>();
+    default:
+      return insert.template operator()<KvV41Fp4>();
+  }
+}
+
+}  // namespace
+
+void v4_kv_insert_cuda(const V4KvInsertArgs& a, const Launch& launch) {
+  cpu::visit_floating(a.kv.dtype, [&]<class T>() {
+    if (const auto format = kv_format(a.cache)) return insert_records<T>(a, *format, launch);
+    cpu::visit_floating(a.cache.dtype, [&]<class C>() {
+      cuda::launch("v4_kv_insert", v4_kv_insert_plain_cuda_kernel<T, C>,
+                   dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kThreads / cuda::kWarpSize)), dim3(kThreads), 0,
+                   launch, a.kv.as<const T>(), a.kv.stride[0], a.kv.size(1), Steps<T>(a),
+                   Placing("v4_kv_insert", a.slots, a.cache, launch), Pages(a.cache));
+    });
+  });
+}
+
+}  // namespace dsm
