@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -82,25 +85,28 @@ def quantize_model(
         raise ValueError(f"quantize_model: to must be {' or '.join(get_args(WeightFormat))}, got {to!r}")
     source, target = Path(model), Path(out)
     plan = _Plan(source, to)
-    _claim(target, plan.record(), source)
-    done = 0
+    with _claimed(target, plan.record(), source):
+        return _write(plan, target, progress)
+
+
+def _write(plan: _Plan, target: Path, progress: Callable[[int, int], None] | None) -> QuantizedFolder:
+    source, done = plan.source, 0
+    tell = progress or (lambda done, count: None)
     for shard, names in plan.shards.items():
-        if not _is_finished(target / shard, plan.stored_names(names)):
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                tensors.update(plan.encode(name))
-                if progress is not None:
-                    progress(done + 1, plan.count)
-                done += 1
-            _replace(target / shard, lambda path, tensors=tensors: save_file(tensors, path, {"format": "pt"}))  # type: ignore[misc]
-        elif progress is not None:
-            progress(done := done + len(names), plan.count)
-        else:
+        if _is_finished(target / shard, plan.stored_names(names)):
             done += len(names)
+            tell(done, plan.count)
+            continue
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors.update(plan.encode(name))
+            done += 1
+            tell(done, plan.count)
+        _replace(target / shard, partial(_save, tensors))
     for file in sorted(source.iterdir()):
         made = (INDEX, MODELOPT_FILE, RECORD, "config.json")
         if file.suffix in COPIED and file.name not in made and file.is_file():
-            _replace(target / file.name, lambda path, file=file: shutil.copyfile(file, path))  # type: ignore[misc]
+            _replace(target / file.name, partial(shutil.copyfile, file))
     shard_of = {tensor: shard for shard, names in plan.shards.items() for tensor in plan.stored_names(names)}
     size = sum((target / shard).stat().st_size for shard in plan.shards)
     if (source / INDEX).exists():
@@ -245,22 +251,31 @@ def _exact(convert: Callable[[MXFP4Tensor], QTensor], weight: Tensor | QTensor) 
         return None
 
 
-def _claim(target: Path, record: dict[str, Any], source: Path) -> None:
-    """Take the output folder, or ValueError if something else is there."""
+@contextmanager
+def _claimed(target: Path, record: dict[str, Any], source: Path) -> Iterator[None]:
+    """Hold the output folder; ValueError if something else is there, or another process holds it."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is not a folder")
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the model itself")
     target.mkdir(parents=True, exist_ok=True)
-    path = target / RECORD
-    if path.exists():
-        if read_json(path) != record:
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{target} is being written by another process") from error
+        path = target / RECORD
+        others = sorted(file.name for file in target.iterdir() if file.name != path.name + ".part")
+        if not others:
+            _write_json(path, record)
+        elif not path.exists():
+            raise ValueError(f"{target} holds other files ({others[0]}), which are not overwritten")
+        elif read_json(path) != record:
             raise ValueError(f"{target} was made of another model or in another format; choose another folder")
-        return
-    others = [file.name for file in target.iterdir() if file.name != RECORD + ".part"]
-    if others:
-        raise ValueError(f"{target} holds other files ({sorted(others)[0]}), which are not overwritten")
-    _write_json(path, record)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_finished(path: Path, names: list[str]) -> bool:
@@ -274,6 +289,13 @@ def _is_finished(path: Path, names: list[str]) -> bool:
         return False
 
 
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     _replace(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
 
@@ -281,15 +303,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """The file as it was or, once it is whole and on the disk, as ``write`` makes it."""
     part = path.with_name(path.name + ".part")
+    write(part)
+    _sync(part)
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        write(part)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {part}: {error}") from error
-    for end in (part, path.parent):
-        if end == path.parent:
-            os.replace(part, path)
-        descriptor = os.open(end, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
