@@ -61,6 +61,10 @@ def command(
     from ..models import load_model
     from ..models.tokenizer import Tokenizer
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"generate: --device {device} cannot be used: {str(error).splitlines()[0]}") from error
     write: Callable[[int], str]
     if prompt_ids is not None:
         ids, write = _ids(prompt_ids), lambda token: f"{token} "

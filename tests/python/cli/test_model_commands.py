@@ -141,6 +141,7 @@ def test_bad_input_is_one_sentence(dsm: Dsm, folder: Path, tmp_path: Path, monke
     assert "from 0 to vocab_size - 1" in dsm.refused(*run, "--prompt-ids", VOCAB)
     assert "from 0 to vocab_size - 1" in dsm.misused(*run, "--prompt-ids", "-1")
     assert "at least one token" in dsm.refused(*run)
+    assert "--device nonsense cannot be used" in dsm.refused(*run, "--prompt-ids", "1", "--device", "nonsense")
     assert "top_p must be in" in dsm.refused(*run, "--prompt", "x", "--top-p", 0)
     assert "no tokenizer.json" in dsm.refused("generate", "--model", tmp_path / "nowhere", "--prompt", "x")
     assert "config.json: there is no" in dsm.refused("generate", "--model", tmp_path / "nowhere", "--prompt-ids", "1")
