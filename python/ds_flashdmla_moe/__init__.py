@@ -1,7 +1,7 @@
 # Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 """DeepSeek-style attention and mixture-of-experts operators for CPU and NVIDIA GPUs."""
 
-from . import flash_mla, nn, ops, quant
+from . import flash_mla, models, nn, ops, quant
 from ._library import VERSION as __version__
 from .choices import explain
 from .moe import MoEWeights, moe_forward_unfused, moe_megakernel_fwd
@@ -21,6 +21,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_dmla_fwd",
     "flash_mla",
+    "models",
     "moe_forward_unfused",
     "moe_megakernel_fwd",
     "nn",

@@ -6,20 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from ..nn.language_model import LanguageModel
+from ..sampling import check_sampling, sample
 
-__all__ = ["generate", "sample"]
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One byte from logits [256]: the likeliest at temperature 0, else from the smallest set of mass top_p."""
-    if temperature == 0.0:
-        return int(logits.argmax())
-    p, order = (logits.double() / temperature).softmax(-1).sort(descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0.0  # the likeliest byte always stays
-    return int(order[torch.multinomial(p, 1, generator=generator)])
+__all__ = ["generate"]
 
 
 @torch.no_grad()
@@ -41,10 +32,7 @@ def generate(
     """
     if max_new_bytes < 0:
         raise ValueError(f"generate: max_new_bytes must be at least 0, got {max_new_bytes}")
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    check_sampling(temperature, top_p)
     random = torch.Generator().manual_seed(seed)
     context = model.config.context
     window = list(prompt or b"\n")[-context:]

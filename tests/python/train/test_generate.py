@@ -11,8 +11,8 @@ import torch
 
 from ds_flashdmla_moe.config import LanguageModelConfig, TrainSettings
 from ds_flashdmla_moe.nn import LanguageModel
+from ds_flashdmla_moe.sampling import sample
 from ds_flashdmla_moe.train import Corpus, Trainer, generate
-from ds_flashdmla_moe.train.generate import sample
 
 
 @pytest.fixture(scope="module")

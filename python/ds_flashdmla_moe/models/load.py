@@ -1,0 +1,126 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""From a folder with config.json and safetensors to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..qtensor import QTensor
+from .checkpoint import Checkpoint
+from .config import Fields, V3Config, V32Config, read_json
+from .language_model import LanguageModel, Part
+from .v3 import DeepseekV3
+from .v4 import DeepseekV4
+from .v4_config import V4Config
+from .v32 import DeepseekV32
+from .weights import QuantisableWeights, rows_of, stacked
+
+__all__ = ["load_model"]
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "deepseek_v3": (V3Config, DeepseekV3),
+    "deepseek_v32": (V32Config, DeepseekV32),
+    "deepseek_v4": (V4Config, DeepseekV4),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    kv_cache_dtype: str = "auto",
+) -> LanguageModel:
+    """A language model from a folder with config.json and safetensors: DeepSeek-V3, V3.2 or V4.
+
+    The layout is Hugging Face's (``model_type`` deepseek_v3, deepseek_v32, deepseek_v4) or, for V4, that of DeepSeek's
+    release. Weights are float32, bfloat16 or float16, or quantised: FP8 E4M3 with a scale per block, MXFP4, or NVFP4 as
+    ModelOpt and compressed-tensors write it. In bfloat16 and float16 these stay quantised and are no parameters;
+    activations that meet FP8 and MXFP4 are rounded to FP8, as in the models' own code. In float32 and float64 scales
+    are multiplied in, and nothing is rounded. Files are mapped and copied tensor by tensor: loading needs little memory
+    beside the model's own.
+
+    Args:
+        path: the folder.
+        device: where the model shall be; default the CPU.
+        dtype: of the parameters: float64, float32, bfloat16 or float16; default that of config.json.
+        kv_cache_dtype: of the cache's rows: ``"bf16"``, ``"fp32"``, for V3.2 and V4 of the released row sizes also
+            ``"fp8"`` (656 and 584 bytes), or ``"auto"``: the parameters' dtype for V3, and for V3.2 and V4 FP8 where
+            there is such a format, else bfloat16. Over whole sequences rows are rounded likewise.
+
+    Returns:
+        The model in evaluation mode: ``model(input_ids)`` and ``model.generate(input_ids, max_new_tokens)``.
+
+    Raises:
+        ValueError: a file cannot be read, a value of config.json is impossible or not supported, or a tensor is
+            missing, not of the model, or of another shape or dtype. The message names it.
+    """
+    folder = Path(path)
+    fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    modelopt = folder / "hf_quant_config.json"
+    if fields.part("quantization_config") is None and modelopt.exists():
+        own = Fields(read_json(modelopt), str(modelopt)).part("quantization")
+        fields.values["quantization_config"] = {"quant_method": "modelopt", **(own.values if own is not None else {})}
+    config_type, model_type = MODELS[fields.choice("model_type", *MODELS)]
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"load_model: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    config = config_type.read(fields)
+    dtype = dtype or getattr(torch, config.dtype)
+    checkpoint = Checkpoint(folder)
+    # Before anything is made whose size config.json decides.
+    least = model_type.tensor_count(config)
+    if len(checkpoint.tensors) < least:
+        got = f"{len(checkpoint.tensors)} in the files"
+        raise ValueError(f"{fields.where}: layers and experts need at least {least} tensors, got {got}")
+    with torch.device("meta"):
+        model: LanguageModel = model_type(config, dtype, kv_cache_dtype)
+    checkpoint.rename(model.stored_name)
+    _fill(model, checkpoint, torch.device(device or "cpu"))
+    return model.eval()
+
+
+def _fill(model: LanguageModel, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Give a model without memory its parameters and buffers."""
+    empty = model.state_dict(keep_vars=True)
+    if model.config.tied_head:
+        del empty["lm_head.weight"]
+    parts = {name: list(model.stored_parts(name)) for name in empty}
+    expected = {
+        stored: (empty[name].dtype, tuple(empty[name][index].shape))
+        for name, stored_parts in parts.items()
+        for stored, index in stored_parts
+    }
+    quantization, tied = model.config.quantization, model.config.tied_head
+    checkpoint.check(expected, lambda name: model.is_unused(name) or (tied and name == "lm_head.weight"), quantization)
+    keeps_codes = model.lm_head.weight.dtype in (torch.bfloat16, torch.float16)
+    for name, stored_parts in parts.items():
+        prefix, _, attribute = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        formats = {checkpoint.format_of(stored) for stored, _ in stored_parts}
+        if keeps_codes and len(formats) == 1 and None not in formats and isinstance(module, QuantisableWeights):
+            module.quantise(attribute, _codes(checkpoint, stored_parts).to(device))
+            continue
+        value = torch.empty(empty[name].shape, dtype=empty[name].dtype, device=device)
+        for stored, index in stored_parts:
+            value[index].copy_(checkpoint.read(stored))
+        if attribute in module._parameters:
+            module._parameters[attribute] = nn.Parameter(value)
+        else:
+            module._buffers[attribute] = value
+    model.tie()
+    model.to(device)
+    model.check_values()
+
+
+def _codes(checkpoint: Checkpoint, parts: list[Part]) -> QTensor:
+    """One quantised matrix, or one for each expert."""
+    if not parts[0][1]:
+        return rows_of([checkpoint.read_codes(parts[0][0])])
+    experts: dict[int | slice, list[QTensor]] = {}
+    for stored, index in parts:
+        experts.setdefault(index[0], []).append(checkpoint.read_codes(stored))
+    return stacked([rows_of(matrices) for matrices in experts.values()])

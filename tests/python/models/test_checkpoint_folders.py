@@ -1,0 +1,331 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Folders as they come: shards, FP8, draft blocks; and folders that nobody should trust: always one ValueError."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from model_folders import YARN, change_config, read, v3, v4, write, write_shards
+from torch import Tensor
+
+from ds_flashdmla_moe import quant
+from ds_flashdmla_moe.models import load_model
+
+IDS = torch.tensor([[1, 5, 2, 90, 33, 4]])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("original")
+    v3(rope_parameters=YARN).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def test_shards(original: Path, folder: Path) -> None:
+    write_shards(folder)
+    assert torch.equal(load_model(folder)(IDS), load_model(original)(IDS))
+
+
+def test_older_configs(original: Path, folder: Path) -> None:
+    """As DeepSeek wrote them: rope_theta and rope_scaling apart, torch_dtype, and settings that are always so."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    rope["type"] = rope.pop("rope_type")
+    config.update(rope_scaling=rope, torch_dtype=config.pop("dtype"), moe_layer_freq=1, scoring_func="sigmoid")
+    config.update(topk_method="noaux_tc", ep_size=1, auto_map={"AutoModel": "modeling.Model"})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_model(folder)(IDS), load_model(original)(IDS))
+
+
+def test_draft_blocks_are_known(original: Path, folder: Path) -> None:
+    tensors = read(folder)
+    draft = {n.replace(".layers.2.", ".layers.3."): t.clone() for n, t in tensors.items() if ".layers.2." in n}
+    draft |= {f"model.layers.3.{name}.weight": torch.zeros(3) for name in ("eh_proj", "enorm", "shared_head.head")}
+    write(folder, {**tensors, **draft})
+    assert torch.equal(load_model(folder)(IDS), load_model(original)(IDS))
+    change_config(folder, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match=r"not of this model: tensors .*layers\.3"):
+        load_model(folder)
+
+
+def quantise(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Codes and the factors of their blocks, written from the format's definition."""
+    scale = torch.empty(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            scale[i, j] = weight[block].abs().max() / 448
+            codes[block] = (weight[block] / scale[i, j]).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float8_e8m0fnu])
+def test_fp8_blocks_are_the_dequantised_weights(folder: Path, tmp_path: Path, scale_dtype: torch.dtype) -> None:
+    rows, columns = 16, 32  # neither divides every matrix
+    quantised, dequantised = {}, {}
+    for name, tensor in read(folder).items():
+        quantised[name] = dequantised[name] = tensor
+        if "proj" in name:
+            codes, scale = quantise(tensor, rows, columns)
+            scale = scale.to(scale_dtype)
+            quantised[name], quantised[name + "_scale_inv"] = codes, scale
+            factor = torch.kron(scale.float(), torch.ones(rows, columns))[: codes.shape[0], : codes.shape[1]]
+            dequantised[name] = codes.float() * factor
+    plain = Path(shutil.copytree(folder, tmp_path / "plain"))
+    write(plain, dequantised)
+    write(folder, quantised)
+    recipe = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [rows, columns],
+    }
+    change_config(folder, quantization_config=recipe)
+    got, want = load_model(folder).state_dict(), load_model(plain).state_dict()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
+    scale = quantised.pop(name)
+    write(folder, quantised)
+    with pytest.raises(ValueError, match=f"missing tensor {name}"):
+        load_model(folder)
+    write(folder, {**quantised, name: scale[:, :1].contiguous()})
+    with pytest.raises(ValueError, match=rf"{name} must have shape \[2, 2\]"):
+        load_model(folder)
+    change_config(folder, quantization_config=None)
+    with pytest.raises(ValueError, match=r"weight must be F32 or BF16 or F16, got F8_E4M3"):
+        load_model(folder)
+
+
+GATE = "model.layers.1.mlp.gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(GATE), f"missing tensor {GATE}"),
+        (lambda t: [t.pop(n) for n in list(t) if "experts.5" in n], r"missing tensors .*experts\.5.*and 3 more"),
+        (lambda t: t.update(other=torch.zeros(1)), "not of this model: tensor other"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(49)}), r"model.norm.weight must have shape \[48\]"),
+        (lambda t: t.update({GATE: t[GATE].long()}), f"{GATE} must be F32 or BF16 or F16, got I64"),
+        (lambda t: t.update({GATE: t[GATE].t().contiguous()}), rf"{GATE} must have shape \[8, 48\], got \[48, 8\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    folder: Path, change: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    tensors = read(folder)
+    change(tensors)
+    write(folder, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llama"}, "model_type must be"),
+        ({"model_type": None}, "model_type must be"),
+        ({"hidden_size": 0}, "hidden_size must be an integer from 1"),
+        ({"hidden_size": 2**62}, "hidden_size must be an integer"),
+        ({"hidden_size": 48.0}, "hidden_size must be an integer"),
+        ({"hidden_size": True}, "hidden_size must be an integer"),
+        ({"hidden_size": "48" * 1000}, "hidden_size must be an integer"),
+        ({"vocab_size": 2**24}, r"embed_tokens.weight must have shape \[16777216, 48\]"),
+        ({"num_hidden_layers": 65536}, "need at least"),
+        ({"n_routed_experts": 65536, "n_group": 1, "topk_group": 1}, "need at least"),
+        ({"n_group": 3}, "n_group must be a divisor of n_routed_experts"),
+        ({"topk_group": 5}, "topk_group must be an integer from 1 to 4"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok must be"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok must be at most 4"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads must be"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
+        ({"qk_nope_head_dim": 17}, r"q_b_proj.weight must have shape \[75, 20\]"),
+        ({"q_lora_rank": None}, "missing tensors .*q_proj"),
+        ({"hidden_act": "gelu"}, "hidden_act must be"),
+        ({"scoring_func": "softmax"}, "scoring_func must be"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number above 0"),
+        ({"rms_norm_eps": 10**4000}, "rms_norm_eps must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: rope_type must be"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "original_max_position_embeddings is missing"),
+        ({"rope_parameters": {**YARN, "factor": 0.5}}, "factor must be a number of at least 1"),
+        ({"rope_parameters": {**YARN, "beta_fast": 0.1}}, "beta_fast must be at least beta_slow"),
+        ({"rope_parameters": []}, "rope_parameters must be an object"),
+        ({"eos_token_id": "x"}, "eos_token_id must be"),
+        ({"dtype": "int8"}, "dtype must be"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method must be"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 1]}}, "weight_block_size must be"),
+    ],
+)
+def test_impossible_configs(folder: Path, values: dict[str, Any], message: str) -> None:
+    change_config(folder, **values)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": NaN}', "[" * 100_000, "1" * 5000, "\ud800"])
+def test_configs_that_are_none(folder: Path, text: str) -> None:
+    (folder / "config.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_model(folder)
+
+
+def test_files_that_are_not_there(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: there is no such file"):
+        load_model(tmp_path / "nowhere")
+    (folder / "model.safetensors").rename(folder / "model.bin")
+    with pytest.raises(ValueError, match="exactly one safetensors file, got 0"):
+        load_model(folder)
+    os.mkfifo(folder / "model.safetensors")  # reading it would wait for ever
+    with pytest.raises(ValueError, match="there is no such file"):
+        load_model(folder)
+
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("../model.safetensors", "must be a name in this folder"),
+        ("/etc/passwd", "must be a name in this folder"),
+        ("a/model.safetensors", "must be a name in this folder"),
+        ("..", "must be a name in this folder"),
+        ("config.json", "must be a name in this folder"),
+        ("x\0.safetensors", "must be a name in this folder"),
+        (7, "must be a name in this folder"),
+        ("other.safetensors", "other.safetensors: there is no such file"),
+        ("model-00002-of-00003.safetensors", "index and files disagree about tensor model.norm.weight"),
+    ],
+)
+def test_indices_that_point_elsewhere(folder: Path, file: Any, message: str) -> None:
+    weight_map = write_shards(folder)
+    assert weight_map["model.norm.weight"] != file
+    path = folder / INDEX_FILE
+    path.write_text(json.dumps({"weight_map": {**weight_map, "model.norm.weight": file}}))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_indices_that_are_none(folder: Path) -> None:
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {}}', "nonsense"):
+        (folder / INDEX_FILE).write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json"):
+            load_model(folder)
+
+
+def rewrite_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h[NORM].update(data_offsets=[0, 192]),  # overlaps
+        lambda h: h[NORM].update(data_offsets=[0, 2**63]),
+        lambda h: h[NORM].update(data_offsets=[-192, 0]),
+        lambda h: h[NORM].update(data_offsets=[2**40, 2**40 + 192]),
+        lambda h: h[NORM].update(shape=[2**62, 2**62]),
+        lambda h: h[NORM].update(shape=[-48]),
+        lambda h: h[NORM].update(shape=[24]),
+        lambda h: h[NORM].update(dtype="F999"),
+        lambda h: h[NORM].update(dtype="F64"),
+        lambda h: h.update({NORM: None}),
+        lambda h: h.pop(NORM),  # a hole
+    ],
+)
+def test_headers_that_lie(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    rewrite_header(folder, change)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_model(folder)
+
+
+def test_cut_off_and_too_long_files(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    for damaged in (b"", data[:4], data[:1000], data[:-1], data + b"\0", b"\xff" * 8 + data[8:], b"\0" * len(data)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek-V4 with experts in MXFP4 and the other matrices in FP8."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("quantised")
+    v4(hidden_size=64, moe_intermediate_size=32).save_pretrained(path)
+    tensors = read(path)
+    for name, value in list(tensors.items()):
+        scale = name.removesuffix("weight") + "scale"
+        if "ffn.experts" in name:
+            fp4 = quant.mxfp4_quantize(value)
+            tensors[name], tensors[scale] = fp4.packed.view(torch.int8), fp4.scales
+        elif ".wq_" in name or "shared_experts" in name:
+            fp8 = quant.fp8_block_quantize(value, (16, 32), "ue8m0")
+            tensors[name], tensors[scale] = fp8.data, fp8.scales
+    write(path, tensors)
+    recipe = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    change_config(path, quantization_config=recipe, dtype="bfloat16")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["original", "quantised"])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_folders_load_or_raise_value_error(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, data: st.DataObject
+) -> None:
+    """Random bytes over, into and out of the header, the config and the index."""
+    folder = tmp_path / "mutated"
+    if not folder.exists():
+        shutil.copytree(request.getfixturevalue(kind), folder)
+        write_shards(folder, 2)
+    names = ["config.json", INDEX_FILE, "model-00001-of-00002.safetensors"]
+    path = folder / data.draw(st.sampled_from(names))
+    whole = path.read_bytes()
+    # Of a weight file the header is what can do harm.
+    end = min(len(whole), 8 + struct.unpack("<Q", whole[:8])[0]) if path.suffix == ".safetensors" else len(whole)
+    at = data.draw(st.integers(0, end))
+    put = data.draw(st.binary(max_size=6) | st.sampled_from([b"0", b"9" * 12, b"-", b"null", b"[", b'"', b"{}", b"e9"]))
+    path.write_bytes(whole[:at] + put + whole[at + data.draw(st.integers(0, 8)) :])
+    try:
+        with contextlib.suppress(ValueError):
+            assert load_model(folder)(IDS).shape[:2] == IDS.shape
+    finally:
+        path.write_bytes(whole)
+
+
+def test_bad_arguments(folder: Path) -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype must be"):
+        load_model(folder, kv_cache_dtype="int3")
+    with pytest.raises(ValueError, match="dtype must be"):
+        load_model(folder, dtype=torch.int8)
