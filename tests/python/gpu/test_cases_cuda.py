@@ -202,6 +202,7 @@ def test_graph_replays_with_changed_inputs(case: Case) -> None:
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.operator}-{case.label}")
 def test_compile_fullgraph(case: Case) -> None:
+    torch.compiler.reset()  # the cases share one code object, whose recompilations are limited
     compiled = torch.compile(lambda inputs: case.run(**inputs), fullgraph=True, backend="aot_eager")
     outputs = compiled(Trial(case, torch.float32, CUDA).inputs)
     expected = Trial(case, torch.float32, CUDA).forward()
