@@ -107,14 +107,16 @@ def codes(tensors: Tensors, weight: str) -> str:
     return weight if weight in tensors else f"{weight}_packed"
 
 
+@pytest.mark.parametrize("packed", ["mxfp4"], indirect=True)
+def test_mxfp4_has_no_global_scale(packed: tuple[str, Path], tmp_path: Path) -> None:
+    name = f"{EXPERT}.up_proj.weight_scale_2"
+    folder = copy(packed, tmp_path / "model", lambda t: t.update({name: torch.ones(())}))
+    with pytest.raises(ValueError, match=f"not of this model: tensor {name}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("packed", ["nvfp4"], indirect=True)
 def test_global_scales_that_do_not_fit(packed: tuple[str, Path], tmp_path: Path) -> None:
-    if packed[0] == "mxfp4":
-        extra = copy(
-            packed, tmp_path / "extra", lambda t: t.update({f"{EXPERT}.up_proj.weight_scale_2": torch.ones(())})
-        )
-        with pytest.raises(ValueError, match=r"not of this model: tensor .*up_proj\.weight_scale_2"):
-            load_model(extra)
-        return
     name = f"{EXPERT}.up_proj.weight_scale_2"
     for value, message in (
         (None, f"missing tensor {name}"),
@@ -130,10 +132,9 @@ def test_global_scales_that_do_not_fit(packed: tuple[str, Path], tmp_path: Path)
             load_model(folder)
 
 
+@pytest.mark.parametrize("packed", ["nvfp4"], indirect=True)
 def test_gate_and_up_with_different_global_scales(packed: tuple[str, Path], tmp_path: Path) -> None:
     """Run as one, they stand for the numbers of both."""
-    if packed[0] == "mxfp4":
-        pytest.skip("it has no global scales")
     scale = torch.tensor(0.0123)
     folder = copy(packed, tmp_path / "uneven", lambda t: t.update({f"{EXPERT}.up_proj.weight_scale_2": scale}))
     uneven, even = load_model(folder, torch.device("cpu"), torch.bfloat16), load_model(packed[1], dtype=torch.bfloat16)
