@@ -77,9 +77,9 @@ def _rope_peers(device: str) -> Mapping[str, Function]:
 
 
 def _rope_work(sizes: Sizes, width: int) -> Work:
-    """x read, y written; four products and two sums for every rotated pair."""
+    """x and int64 positions read, y written; four products and two sums for every rotated pair."""
     vectors = sizes["tokens"] * sizes["heads"]
-    return Work(3 * vectors * sizes["d_rope"], 2 * vectors * sizes["d"] * width)
+    return Work(3 * vectors * sizes["d_rope"], 2 * vectors * sizes["d"] * width + 8 * sizes["tokens"])
 
 
 def _v4_q_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:

@@ -5,11 +5,11 @@
 // shared memory; where few heads share a rotation, every thread computes its own in registers instead. With one head
 // and 16-bit elements that is 50 instructions a rotation, which keeps the issue slots busy for two thirds of the time.
 //
-// H200, part of the same run's copy bandwidth, bf16 | float32: 8192 tokens x 128 heads x 64: 92 | 88 %, 8192 x 64 x 512
-// with 64 rotated: 91 | 95 %, 524288 x 1 x 64: 81 | 94 % (bf16: 88 % of what a copy of the same 67 MB reaches).
-// Anything between the loads of a thread's items that the compiler turns into a wait for them (a branch, a call, early
-// unpacking) costs 15 %. With one head, one item a thread at higher occupancy, frequencies loaded as packs or along
-// with the items, and the inverse folded into the position all lost 2 to 8 %.
+// H200, part of the same run's copy bandwidth, bf16 | float32: 8192 tokens x 128 heads x 64: 97 | 98 %, 8192 x 64 x 512
+// with 64 rotated: 92 | 97 %, 524288 x 1 x 64: 86 | 96 %. Anything between the loads of a thread's items that the
+// compiler turns into a wait for them (a branch, a call, early unpacking) costs 15 %; blocks of 256 threads instead of
+// 64 cost 1 to 10 %. With one head, one item a thread at higher occupancy, frequencies loaded as packs or along with
+// the items, stores that pass the cache by, and the inverse folded into the position gained nothing or lost up to 8 %.
 
 #include <algorithm>
 #include <type_traits>
@@ -26,7 +26,7 @@ namespace {
 
 using cuda::Pack;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 64;
 constexpr int kItemsPerThread = 2;  // loaded before the first is used
 constexpr int kItemsPerBlock = kThreads * kItemsPerThread;
 // A table pays when it has at most this fraction of the rotations that the block's items use. It then stays below the
@@ -109,7 +109,7 @@ struct Rotations {
 };
 
 template <class T, int W, bool kInterleaved, bool kTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 16)
     rope_cuda_kernel(Heads<const T> x, Heads<T> y, Rotations<Compute<T>> rotations, Items items, int copied) {
   using A = Compute<T>;
   constexpr int kAtOnce = W < 4 ? W : 4;  // rotations that a thread holds
