@@ -3,6 +3,9 @@
 // 16-byte pieces of several output rows and loads all of its codes and scales before it decodes the first. In a
 // quantised cache its columns are the same in every row, so that it meets one kind of code; consecutive threads read
 // and write consecutive bytes.
+//
+// H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32 results: plain 100 | 103 %, V3.2 FP8
+// 84 | 75 %, V3.2 NVFP4 58 | 69 %, V4 FP8 84 | 75 %, V4.1 FP8 92 | 87 %, V4.1 FP4 81 | 85 %.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Bound by memory. Half a warp quantises a row, all of which it loads before it looks at the token's slot; a warp
-// copies a row into a plain cache.
+// Half a warp quantises a row, all of which it loads before it looks at the token's slot; a warp copies a row into a
+// plain cache. H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32: plain 53 | 101 %, V3.2 FP8
+// 52 | 77 %, V3.2 NVFP4 33 | 60 %: with 16-bit elements too few bytes are in flight, in NVFP4 instructions are next.
 #include <algorithm>
 #include <cstdint>
 
