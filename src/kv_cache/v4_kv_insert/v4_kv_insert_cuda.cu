@@ -4,6 +4,9 @@
 // through shared memory, one column in 16 a lane, in which the CPU adds up the squares, and pair by pair for the
 // rotation. The bytes are those of the CPU, but for the sign of NaN that arithmetic has made. Rows of plain caches can
 // have any width: a warp makes them column by column.
+//
+// H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32, not normalised nor turned: V4 FP8
+// 55 | 79 %, V4.1 FP8 60 | 77 %, V4.1 FP4 33 | 58 %; both, into a plain float32 cache: 74 %.
 #include <cstdint>
 
 #include "src/cpu/visit_dtype.h"
