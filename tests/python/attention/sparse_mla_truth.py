@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
+
+from tolerance import FLOATING
+
+INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 
 class Problem(NamedTuple):
@@ -88,3 +93,65 @@ def gradients(problem: Problem, dout: Tensor, dlse: Tensor, out: Tensor) -> tupl
 
 def largest(t: Tensor) -> float:
     return float(t.detach().abs().max()) if t.numel() else 0.0
+
+
+def draw(
+    s_q: int = 5,
+    s_kv: int = 23,
+    h_q: int = 4,
+    h_kv: int = 1,
+    d_qk: int = 20,
+    d_v: int = 12,
+    topk: int = 9,
+    dtype: torch.dtype = torch.float32,
+    sink: bool = True,
+    lengths: bool = True,
+) -> Problem:
+    """Scores of about ±10 and, among the indices, duplicates and everything that is no row."""
+    wide = torch.promote_types(dtype, torch.float32)
+    indices = torch.randint(-1, s_kv + 1, (s_q, h_kv, topk), dtype=torch.int32)
+    for slot, name in enumerate((INT_MIN, INT_MAX, s_kv, -1)):
+        indices[..., 1 + slot : 2 + slot] = name
+    return Problem(
+        (torch.randn(s_q, h_q, d_qk) * 3).to(dtype),
+        torch.randn(s_kv, h_kv, d_qk).to(dtype),
+        indices,
+        d_v,
+        d_qk**-0.5 if d_qk else 1.0,
+        (2 * torch.randn(h_q)).to(wide) if sink else None,
+        torch.randint(-2, topk + 3, (s_q,), dtype=torch.int32) if lengths else None,
+    )
+
+
+# Sizes that differ from draw's defaults.
+SIZES: list[dict[str, int]] = [
+    {},
+    {"h_q": 6, "h_kv": 3, "topk": 70},
+    {"h_q": 1, "d_v": 20},
+    {"h_q": 130, "topk": 33, "s_q": 2},
+    {"topk": 1},
+    {"topk": 0},
+    {"s_q": 0},
+    {"s_kv": 0},
+    {"h_q": 0},
+    {"d_v": 0},
+    {"d_qk": 0, "d_v": 0},
+]
+
+
+@st.composite
+def any_problem(choose: st.DrawFn, most_keys: int) -> dict[str, Any]:
+    """Arguments of draw."""
+    h_kv, d_v = choose(st.integers(1, 3)), choose(st.integers(0, 40))
+    return {
+        "s_q": choose(st.integers(0, 6)),
+        "s_kv": choose(st.integers(0, 40)),
+        "h_q": h_kv * choose(st.integers(1, 9)),
+        "h_kv": h_kv,
+        "d_qk": d_v + choose(st.integers(0, 17)),
+        "d_v": d_v,
+        "topk": choose(st.integers(0, most_keys)),
+        "dtype": choose(st.sampled_from(FLOATING)),
+        "sink": choose(st.booleans()),
+        "lengths": choose(st.booleans()),
+    }

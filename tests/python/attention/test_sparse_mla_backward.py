@@ -1,12 +1,13 @@
 # Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_mla_truth import Problem, attention, gradients, largest
-from test_sparse_mla_prefill import draw
+from sparse_mla_truth import SIZES, Problem, any_problem, attention, draw, gradients, largest
 from torch import Tensor
 
 from ds_flashdmla_moe.ops import sparse_mla_prefill
@@ -35,19 +36,9 @@ def check(problem: Problem) -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {},
-        {"h_q": 6, "h_kv": 3, "topk": 70},
-        {"h_q": 1, "d_v": 20},
-        {"h_q": 130, "topk": 33, "s_q": 2},
+        *SIZES,
         {"s_q": 3, "topk": 300, "s_kv": 700, "d_qk": 300, "d_v": 257},  # beyond one block of every product
         {"s_q": 40, "h_q": 128, "topk": 700, "d_qk": 3, "d_v": 2},  # several blocks of queries
-        {"topk": 1},
-        {"topk": 0},
-        {"s_q": 0},
-        {"s_kv": 0},
-        {"h_q": 0},
-        {"d_v": 0},
-        {"d_qk": 0, "d_v": 0},
     ],
     ids=str,
 )
@@ -57,34 +48,10 @@ def test_matches_float64(sizes: dict[str, int], dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 2**31),
-    s_q=st.integers(0, 6),
-    s_kv=st.integers(0, 40),
-    group=st.integers(1, 9),
-    h_kv=st.integers(1, 3),
-    d_v=st.integers(0, 40),
-    rest=st.integers(0, 17),
-    topk=st.integers(0, 120),
-    sink=st.booleans(),
-    lengths=st.booleans(),
-    dtype=st.sampled_from(FLOATING),
-)
-def test_matches_float64_for_any_sizes(
-    seed: int,
-    s_q: int,
-    s_kv: int,
-    group: int,
-    h_kv: int,
-    d_v: int,
-    rest: int,
-    topk: int,
-    sink: bool,
-    lengths: bool,
-    dtype: torch.dtype,
-) -> None:
+@given(seed=st.integers(0, 2**31), problem=any_problem(most_keys=120))
+def test_matches_float64_for_any_sizes(seed: int, problem: dict[str, Any]) -> None:
     torch.manual_seed(seed)
-    check(draw(s_q, s_kv, group * h_kv, h_kv, d_v + rest, d_v, topk, dtype, sink, lengths))
+    check(draw(**problem))
 
 
 def test_formula_of_gradients_agrees_with_autograd() -> None:

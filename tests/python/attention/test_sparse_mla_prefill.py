@@ -1,47 +1,20 @@
 # Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_mla_truth import Problem, attention
+from sparse_mla_truth import SIZES, Problem, any_problem, attention, draw
 from torch import Tensor
 
 from ds_flashdmla_moe.ops import sparse_mla_prefill
 from threads import assert_same_bits
 from tolerance import FLOATING, assert_close
 
-INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 NAMES = ("out", "max_logits", "lse", "key_probs")
-
-
-def draw(
-    s_q: int = 5,
-    s_kv: int = 23,
-    h_q: int = 4,
-    h_kv: int = 1,
-    d_qk: int = 20,
-    d_v: int = 12,
-    topk: int = 9,
-    dtype: torch.dtype = torch.float32,
-    sink: bool = True,
-    lengths: bool = True,
-) -> Problem:
-    """Scores of about ±10 and, among the indices, duplicates and everything that is no row."""
-    wide = torch.promote_types(dtype, torch.float32)
-    indices = torch.randint(-1, s_kv + 1, (s_q, h_kv, topk), dtype=torch.int32)
-    for slot, name in enumerate((INT_MIN, INT_MAX, s_kv, -1)):
-        indices[..., 1 + slot : 2 + slot] = name
-    return Problem(
-        (torch.randn(s_q, h_q, d_qk) * 3).to(dtype),
-        torch.randn(s_kv, h_kv, d_qk).to(dtype),
-        indices,
-        d_v,
-        d_qk**-0.5 if d_qk else 1.0,
-        (2 * torch.randn(h_q)).to(wide) if sink else None,
-        torch.randint(-2, topk + 3, (s_q,), dtype=torch.int32) if lengths else None,
-    )
 
 
 def run(problem: Problem) -> tuple[Tensor, ...]:
@@ -63,19 +36,9 @@ def check(problem: Problem) -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {},
-        {"h_q": 6, "h_kv": 3, "topk": 70},
-        {"h_q": 1, "d_v": 20},
-        {"h_q": 130, "topk": 33, "s_q": 2},
-        {"s_q": 1, "topk": 300, "s_kv": 700, "d_qk": 300, "d_v": 257},  # beyond one block of every product
-        {"topk": 1},
-        {"topk": 0},
-        {"s_q": 0},
-        {"s_kv": 0},
-        {"h_q": 0},
-        {"d_v": 0},
-        {"d_qk": 0, "d_v": 0},
-    ],
+        *SIZES,
+        {"s_q": 1, "topk": 300, "s_kv": 700, "d_qk": 300, "d_v": 257},
+    ],  # the last beyond one block of every product
     ids=str,
 )
 def test_matches_float64(sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -84,34 +47,10 @@ def test_matches_float64(sizes: dict[str, int], dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 2**31),
-    s_q=st.integers(0, 6),
-    s_kv=st.integers(0, 40),
-    group=st.integers(1, 9),
-    h_kv=st.integers(1, 3),
-    d_v=st.integers(0, 40),
-    rest=st.integers(0, 17),
-    topk=st.integers(0, 80),
-    sink=st.booleans(),
-    lengths=st.booleans(),
-    dtype=st.sampled_from(FLOATING),
-)
-def test_matches_float64_for_any_sizes(
-    seed: int,
-    s_q: int,
-    s_kv: int,
-    group: int,
-    h_kv: int,
-    d_v: int,
-    rest: int,
-    topk: int,
-    sink: bool,
-    lengths: bool,
-    dtype: torch.dtype,
-) -> None:
+@given(seed=st.integers(0, 2**31), problem=any_problem(most_keys=80))
+def test_matches_float64_for_any_sizes(seed: int, problem: dict[str, Any]) -> None:
     torch.manual_seed(seed)
-    check(draw(s_q, s_kv, group * h_kv, h_kv, d_v + rest, d_v, topk, dtype, sink, lengths))
+    check(draw(**problem))
 
 
 def test_sum_of_many_keys() -> None:
