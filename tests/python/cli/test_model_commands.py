@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsm_command import Dsm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from ds_flashdmla_moe.cli import main
 from ds_flashdmla_moe.models import load_model
 from ds_flashdmla_moe.models.tokenizer import Tokenizer as FolderTokenizer
 
@@ -53,40 +53,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "model"))
-
-
-class Dsm:
-    """Runs the command in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        """Exit status, standard output, standard error."""
-        self.monkeypatch.setattr(sys, "argv", ["dsm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = self.capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    def refused(self, *arguments: object) -> str:
-        """The one sentence on standard error."""
-        status, _, err = self(*arguments)
-        assert status == 1
-        assert err.startswith("dsm: ")
-        assert err.count("\n") == 1
-        return err
-
-    def misused(self, *arguments: object) -> str:
-        """What is said of options that do not go together."""
-        status, _, err = self(*arguments)
-        assert status == 2
-        return err
-
-
-@pytest.fixture
-def dsm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dsm:
-    return Dsm(monkeypatch, capsys)
 
 
 def test_ids(dsm: Dsm, folder: Path) -> None:

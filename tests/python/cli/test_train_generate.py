@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dsm_command import Dsm
 
 from ds_flashdmla_moe.cli import main
 from ds_flashdmla_moe.train import load_checkpoint
@@ -45,34 +46,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_bytes(b"the quick brown fox jumps over the lazy dog, and the dog is not amused.\n" * 40)
     return path
-
-
-class Dsm:
-    """Runs the command in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        """Exit status, standard output, standard error."""
-        self.monkeypatch.setattr(sys, "argv", ["dsm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = self.capsys.readouterr()
-        return int(exit.value.code or 0), out, err
-
-    def refused(self, *arguments: object) -> str:
-        """The one sentence on standard error."""
-        status, _, err = self(*arguments)
-        assert status == 1
-        assert err.startswith("dsm: ")
-        assert err.count("\n") == 1
-        return err
-
-
-@pytest.fixture
-def dsm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dsm:
-    return Dsm(monkeypatch, capsys)
 
 
 def test_train_resume_generate(dsm: Dsm, text: Path, tmp_path: Path) -> None:
