@@ -1,8 +1,11 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Bound by memory: outputs are read once, 16 bytes a thread, with several of several parts in flight. Up to a warp
-// shares a row; its threads share the weighing of the parts. H200, part of the same run's copy bandwidth, bfloat16 |
-// float32: 2 parts of 131072 rows of 512: 71 | 93 %, 32 parts of 4096 rows: 89 | 92 %.
+// Bound by memory: outputs are read once, 16 bytes a thread, with several of several parts in flight; those of the
+// first parts are on their way before their weights are known. Up to a warp shares a row; its threads share the
+// weighing of the parts, and are as many whatever the addresses, so that the sums are the same bits. H200, part of the
+// same run's copy bandwidth, bfloat16 | float32: 2 parts of 131072 rows of 512: 91 | 102 %, 32 parts of 4096 rows: 86 |
+// 87 %.
 #include <cstdint>
+#include <type_traits>
 
 #include "src/attention/merge_attention_states/merge_attention_states.h"
 #include "src/cpu/visit_dtype.h"
@@ -33,6 +36,21 @@ struct Parts {
 };
 
 template <class T, int W>
+__device__ __forceinline__ void widen(const Pack<T, W>& pack, Compute<T> (&to)[W]) {
+  if constexpr (std::is_same_v<T, bfloat16> && W > 1) {  // in words, which the compiler would take apart
+    const auto words = __builtin_bit_cast(Pack<std::uint32_t, W / 2>, pack);
+#pragma unroll
+    for (int i = 0; i < W; i += 2) {
+      to[i] = __uint_as_float(words.at[i / 2] << 16);
+      to[i + 1] = __uint_as_float(words.at[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) to[i] = cuda::widened(pack.at[i]);
+  }
+}
+
+template <class T, int W>
 __global__ void __launch_bounds__(kThreads, 4)
     merge_attention_states_cuda_kernel(Parts<T> outs, Parts<Compute<T>> lses, const Compute<T>* attn_sink, int parts,
                                        std::int64_t rows, cuda::Divider s_q, cuda::Divider h_q, int d_v, T* out,
@@ -45,53 +63,72 @@ __global__ void __launch_bounds__(kThreads, 4)
   const T* row_outs = outs.at(b, i, h);
   // A thread of the row looks at one part in blockDim.x.
   const int lanes = blockDim.x, lane = threadIdx.x;
-  const auto lse_of = [&](int part) {
+  const auto read_lse = [&](int part) {
     const A lse = part < parts ? row_lses[part * lses.part] : -kInfinity<A>;
     return lse == kInfinity<A> ? -kInfinity<A> : lse;  // both signs say that there is no key
   };
-  SoftmaxState<A> state;
-  for (int part = lane; part < parts; part += lanes) state.m = max(state.m, lse_of(part));
+  const A first_lse = read_lse(lane);
+  const int step = lanes * W, group = threadIdx.y * lanes % cuda::kWarpSize;
+  // Words, which the compiler keeps together.
+  using Raw = std::conditional_t<W * sizeof(T) == cuda::kPackBytes, uint4, Pack<T, W>>;
+  Raw packs[kAtOnce][kHeld];
+  const auto load = [&](int p, int part, int column) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k)  // behind the row's end its last pack again, in vain
+      packs[p][k] = *reinterpret_cast<const Raw*>(row_outs + part * outs.part + min(column + k * step, d_v - W));
+  };
+  // The first parts are on their way before it is known whether they have keys.
+#pragma unroll
+  for (int p = 0; p < kAtOnce; ++p)
+    if (p < parts) load(p, p, lane * W);
+
+  SoftmaxState<A> state{first_lse, A(0)};
+#pragma unroll 1
+  for (int part = lane + lanes; part < parts; part += lanes) state.m = max(state.m, read_lse(part));
   for (int distance = lanes / 2; distance > 0; distance /= 2)
     state.m = max(state.m, __shfl_xor_sync(cuda::kAllLanes, state.m, distance));
-  for (int part = lane; part < parts; part += lanes) state.l += exp_below_max(lse_of(part), state.m);
+  const A first_weight = exp_below_max(first_lse, state.m);
+  state.l = first_weight;
+#pragma unroll 1
+  for (int part = lane + lanes; part < parts; part += lanes) state.l += exp_below_max(read_lse(part), state.m);
   state.l = cuda::lane_group_sum(state.l, lanes);
   // The sink joins under the common maximum: neither e^lse nor e^sink may overflow.
   const SoftmaxState<A> all = attn_sink ? merge(state, {attn_sink[h], A(1)}) : state;
+  const A factor = softmax_rescale(state.m, all.m) / all.l;
   const bool own = own_row < rows;
   if (own && lane == 0)
     out_lse[(b * h_q.divisor() + h) * s_q.divisor() + i] = state.l == A(0) ? kInfinity<A> : lse(state);
 
-  const int step = lanes * W, group = threadIdx.y * lanes % cuda::kWarpSize;
   for (int begin_column = 0; begin_column < d_v; begin_column += kHeld * step) {
     const int column = begin_column + lane * W;
     A sums[kHeld][W] = {};
     for (int begin = 0; begin < parts; begin += lanes) {
-      const A own_lse = lse_of(begin + lane);
-      const A own_weight = own_lse == -kInfinity<A> ? A(-1) : exp_below_max(own_lse, all.m) / all.l;
+      const A own_lse = begin == 0 ? first_lse : read_lse(begin + lane);
+      const A own_exp = begin == 0 ? first_weight : exp_below_max(own_lse, state.m);
+      const A own_weight = own_lse == -kInfinity<A> ? A(-1) : own_exp * factor;
       for (int first = 0; first < lanes && begin + first < parts; first += kAtOnce) {
-        Pack<T, W> packs[kAtOnce][kHeld];
         A weights[kAtOnce];
 #pragma unroll
         for (int p = 0; p < kAtOnce; ++p) {
           const A weight = __shfl_sync(cuda::kAllLanes, own_weight, group + ((first + p) & (lanes - 1)));
           weights[p] = first + p < lanes ? weight : A(-1);
         }
+        if (begin_column + begin + first > 0) {
 #pragma unroll
-        for (int p = 0; p < kAtOnce; ++p) {
-          if (weights[p] < A(0)) continue;
-#pragma unroll
-          for (int k = 0; k < kHeld; ++k)  // behind the row's end its last pack again, in vain
-            packs[p][k] =
-                cuda::load_pack<W>(row_outs + (begin + first + p) * outs.part + min(column + k * step, d_v - W));
+          for (int p = 0; p < kAtOnce; ++p)
+            if (!(weights[p] < A(0))) load(p, begin + first + p, column);
         }
 #pragma unroll
         for (int p = 0; p < kAtOnce; ++p) {
           if (weights[p] < A(0)) continue;
 #pragma unroll
           for (int k = 0; k < kHeld; ++k) {
-            cuda::use_from_here(packs[p][k]);
+            auto pack = __builtin_bit_cast(Pack<T, W>, packs[p][k]);
+            cuda::use_from_here(pack);
+            A x[W];
+            widen(pack, x);
 #pragma unroll
-            for (int j = 0; j < W; ++j) sums[k][j] += weights[p] * cuda::widened(packs[p][k].at[j]);
+            for (int j = 0; j < W; ++j) sums[k][j] += weights[p] * x[j];
           }
         }
       }
@@ -108,7 +145,7 @@ void launch_merge(const MergeAttentionStatesArgs& a, const Launch& launch) {
   const auto &o = a.outs.stride, &l = a.lses.stride;
   const std::int64_t d_v = a.outs.size(4), rows = a.lse.numel();
   unsigned x = 1;
-  while (x < cuda::kWarpSize && x * W * kHeld < d_v) x *= 2;
+  while (x < cuda::kWarpSize && x * cuda::kPackSize<T> * kHeld < d_v) x *= 2;  // whatever W: it orders the lse's sum
   const dim3 block(x, kThreads / x);
   cuda::launch("merge_attention_states", merge_attention_states_cuda_kernel<T, W>,
                dim3(cuda::ceil_div<std::int64_t>(rows, block.y)), block, 0, launch,
