@@ -36,19 +36,17 @@ class Pages {
 
   /// Of a valid row. The first without a branch, between many loads.
   __device__ Place operator[](std::int32_t row) const {
-    const std::uint32_t page = divider_.quotient(static_cast<std::uint32_t>(row));
-    return place(page, row);
+    const auto number = static_cast<std::uint32_t>(row), page = divider_.quotient(number);
+    return {data_ + page * page_bytes_, page_size_, std::int64_t{number - page * divider_.divisor()}};
   }
   __device__ Place operator[](std::int64_t row) const {
-    return (row | page_size_) >> 31 ? place(row / page_size_, row) : (*this)[static_cast<std::int32_t>(row)];
+    if (row >> 31 == 0) return (*this)[static_cast<std::int32_t>(row)];
+    const std::int64_t page = row / page_size_;
+    return {data_ + page * page_bytes_, page_size_, row - page * page_size_};
   }
 
  private:
   static constexpr std::int64_t kMostDivided = std::int64_t{1} << 31;  // beyond which int32 rows are in the first page
-
-  __device__ Place place(std::int64_t page, std::int64_t row) const {
-    return {data_ + page * page_bytes_, page_size_, row - page * page_size_};
-  }
 
   std::uint8_t* data_;
   std::int64_t page_bytes_, page_size_, rows_;

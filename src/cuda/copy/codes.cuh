@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "src/cuda/copy/pack.cuh"
 #include "src/numerics/fp4.h"
@@ -14,6 +15,26 @@ namespace dsm::cuda {
 
 template <int N>
 using Bytes = Pack<std::uint8_t, N>;
+
+/// N bytes in the widest words, which the compiler does not take apart.
+template <int N>
+using WordOf = std::conditional_t<N % 4 == 0, std::uint32_t, std::conditional_t<N == 2, std::uint16_t, std::uint8_t>>;
+template <int N>
+using Words = Pack<WordOf<N>, N / static_cast<int>(sizeof(WordOf<N>))>;
+
+template <int N, bool kAligned>
+__device__ __forceinline__ Words<N> load_words(const std::uint8_t* from) {
+  using Word = WordOf<N>;
+  if constexpr (kAligned) {
+    return load_pack<static_cast<int>(sizeof(Words<N>) / sizeof(Word))>(reinterpret_cast<const Word*>(from));
+  } else {
+    Words<N> words{};
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      words.at[i / sizeof(Word)] |= static_cast<Word>(std::uint32_t{from[i]} << 8 * (i % sizeof(Word)));
+    return words;
+  }
+}
 
 /// N bytes, by one access where kAligned says that the address is a multiple of N.
 template <int N, bool kAligned>
@@ -35,47 +56,97 @@ __device__ __forceinline__ void store_bytes(std::uint8_t* to, const Bytes<N>& by
   for (int i = 0; i < N; ++i) to[i] = bytes.at[i];
 }
 
-template <int N>
-__device__ __forceinline__ void widen_e4m3(const Bytes<N>& codes, float (&to)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 2) {
+/// Of two codes.
+__device__ __forceinline__ float2 widen_e4m3_pair(std::uint16_t pair) {
 #if __CUDA_ARCH__ >= 890
-    const auto pair = static_cast<std::uint16_t>(codes.at[i] | codes.at[i + 1] << 8);
-    __half2 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(reinterpret_cast<std::uint32_t&>(halves)) : "h"(pair));
-    const float2 both = __half22float2(halves);
-    to[i] = both.x, to[i + 1] = both.y;
+  __half2 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(reinterpret_cast<std::uint32_t&>(halves)) : "h"(pair));
+  return __half22float2(halves);
 #else
-    to[i] = to_float(float8_e4m3fn{codes.at[i]});
-    to[i + 1] = to_float(float8_e4m3fn{codes.at[i + 1]});
+  return {to_float(float8_e4m3fn{static_cast<std::uint8_t>(pair & 0xff)}),
+          to_float(float8_e4m3fn{static_cast<std::uint8_t>(pair >> 8)})};
 #endif
-  }
+}
+
+/// Two E2M1 codes, at 4 bits of both halves of a word, from bit `at` on.
+__device__ __forceinline__ float2 widen_e2m1_pair(std::uint32_t word, int at) {
+  const auto moved = [&](int to) { return to >= at ? word << (to - at) : word >> (at - to); };
+  // The bits are those of a float16 whose exponent is 14 too small, subnormal where E2M1 is.
+  const std::uint32_t bits = (moved(12) & 0x80008000u) | (moved(9) & 0x0e000e00u);
+  return __half22float2(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(0x1p14f)));
 }
 
 template <int N>
-__device__ __forceinline__ void widen_e2m1(const Bytes<N / 2>& pairs, float (&to)[N]) {
+__device__ __forceinline__ void widen_e4m3(const Words<N>& codes, float (&to)[N]) {
+  if constexpr (N % 4 == 0) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    // The bits are those of a float16 whose exponent is 14 too small, subnormal where E2M1 is.
-    const std::uint32_t codes = (pairs.at[i] & 15u) | (pairs.at[i] & 0xf0u) << 12;
-    const std::uint32_t bits = (codes & 0x00080008u) << 12 | (codes & 0x00070007u) << 9;
-    const __half2 halves = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(0x1p14f));
-    const float2 both = __half22float2(halves);
-    to[2 * i] = both.x, to[2 * i + 1] = both.y;
+    for (int i = 0; i < N; i += 4) {
+      const float2 low = widen_e4m3_pair(static_cast<std::uint16_t>(codes.at[i / 4]));
+      const float2 high = widen_e4m3_pair(static_cast<std::uint16_t>(codes.at[i / 4] >> 16));
+      to[i] = low.x, to[i + 1] = low.y, to[i + 2] = high.x, to[i + 3] = high.y;
+    }
+  } else {
+    static_assert(N == 2);
+    const float2 both = widen_e4m3_pair(codes.at[0]);
+    to[0] = both.x, to[1] = both.y;
   }
+}
+template <int N>
+__device__ __forceinline__ void widen_e4m3(const Bytes<N>& codes, float (&to)[N]) {
+  widen_e4m3(__builtin_bit_cast(Words<N>, codes), to);
+}
+
+template <int N>
+__device__ __forceinline__ void widen_e2m1(const Words<N / 2>& pairs, float (&to)[N]) {
+  if constexpr (N % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 8)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 both = widen_e2m1_pair(pairs.at[i / 8], 4 * j);
+        to[i + j] = both.x, to[i + j + 4] = both.y;
+      }
+  } else {
+    static_assert(N == 2 || N == 4);
+    const std::uint32_t word = pairs.at[0];
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const std::uint32_t apart = (word >> 4 * i & 15u) | (word >> 4 * i & 0xf0u) << 12;
+      const float2 both = widen_e2m1_pair(apart, 0);
+      to[i] = both.x, to[i + 1] = both.y;
+    }
+  }
+}
+template <int N>
+  requires(N > 2)  // one byte is its own word
+__device__ __forceinline__ void widen_e2m1(const Bytes<N / 2>& pairs, float (&to)[N]) {
+  widen_e2m1(__builtin_bit_cast(Words<N / 2>, pairs), to);
 }
 
 /// The nearest codes, ties to even, saturating; the sign of NaN may be lost.
 template <int N>
 __device__ __forceinline__ Bytes<N> e4m3_codes(const float (&x)[N]) {
 #if __CUDA_ARCH__ >= 890
-  struct alignas(N) {
-    std::uint16_t at[N / 2];
-  } pairs;
+  if constexpr (N % 4 == 0) {
+    struct alignas(N) {
+      std::uint32_t at[N / 4];
+    } words;
 #pragma unroll
-  for (int i = 0; i < N; i += 2)
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs.at[i / 2]) : "f"(x[i + 1]), "f"(x[i]));
-  return __builtin_bit_cast(Bytes<N>, pairs);
+    for (int i = 0; i < N; i += 4)
+      asm("{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, %2, %1; cvt.rn.satfinite.e4m3x2.f32 high, %4, %3; "
+          "mov.b32 %0, {low, high}; }"
+          : "=r"(words.at[i / 4])
+          : "f"(x[i]), "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3]));
+    return __builtin_bit_cast(Bytes<N>, words);
+  } else {
+    struct alignas(N) {
+      std::uint16_t at[N / 2];
+    } pairs;
+#pragma unroll
+    for (int i = 0; i < N; i += 2)
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs.at[i / 2]) : "f"(x[i + 1]), "f"(x[i]));
+    return __builtin_bit_cast(Bytes<N>, pairs);
+  }
 #else
   Bytes<N> codes;
 #pragma unroll

@@ -1,11 +1,11 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Bound by memory, if many rows are in flight: an index must arrive before its row can be asked for. A thread makes
-// 16-byte pieces of several output rows and loads all of its codes and scales before it decodes the first. In a
-// quantised cache its columns are the same in every row, so that it meets one kind of code; consecutive threads read
-// and write consecutive bytes.
+// 16-byte pieces of two output rows, several of each, as an index and an address cost as much as decoding a piece, and
+// loads all of its codes and scales before it decodes the first. In a quantised cache its columns are the same in every
+// row, so that it meets one kind of code, as all of its warp do; consecutive threads read and write consecutive bytes.
 //
 // H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32 results: plain 100 | 103 %, V3.2 FP8
-// 84 | 75 %, V3.2 NVFP4 58 | 69 %, V4 FP8 84 | 75 %, V4.1 FP8 92 | 87 %, V4.1 FP4 81 | 85 %.
+// 92 | 91 %, V3.2 NVFP4 89 | 89 %, V4 FP8 92 | 89 %, V4.1 FP8 92 | 91 %, V4.1 FP4 89 | 88 %.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -22,10 +22,7 @@
 namespace dsm {
 namespace {
 
-using cuda::Bytes;
 using cuda::Pack;
-
-constexpr int kAtOnce = 4;  // pieces that a thread has in flight
 
 /// x in T, through float if from double to 16 bits.
 template <class T, class A>
@@ -46,13 +43,17 @@ __device__ __forceinline__ T load_number(const std::uint8_t* from) {
 template <class Record, int N, bool kAligned>
 struct Quantized {
   static constexpr bool kE2m1 = std::is_same_v<typename Record::Element, float4_e2m1>;
-  Bytes<kE2m1 ? N / 2 : N> codes{};
+  cuda::Words<kE2m1 ? N / 2 : N> codes{};
   typename Record::Scale scale{};
 
-  __device__ void load(KvEntry<const std::uint8_t> entry, int column) {
+  /// From `column` + `further` on.
+  __device__ void load(KvEntry<const std::uint8_t> entry, int column, int further) {
     using Scale = typename Record::Scale;
-    codes = cuda::load_bytes<sizeof(codes), kAligned>(entry.data + (kE2m1 ? column / 2 : column));
-    scale = load_number<Scale, kAligned>(entry.scales + column / Record::kGroup * sizeof(Scale));
+    constexpr int kCodes = kE2m1 ? 2 : 1;  // in a byte
+    codes = cuda::load_words<sizeof(codes), kAligned>(entry.data + column / kCodes + further / kCodes);
+    const int group = further % Record::kGroup == 0 ? column / Record::kGroup + further / Record::kGroup
+                                                    : (column + further) / Record::kGroup;
+    scale = load_number<Scale, kAligned>(entry.scales + group * sizeof(Scale));
   }
   __device__ void values(float (&to)[N]) {
     cuda::use_from_here(codes);
@@ -70,67 +71,77 @@ struct Quantized {
 template <class Record, int N, bool kAligned>
 struct Tail {
   using Element = typename Record::Tail;
-  Pack<Element, N> elements{};
+  cuda::Words<N * sizeof(Element)> elements{};
 
-  __device__ void load(KvEntry<const std::uint8_t> entry, int column) {
+  __device__ void load(KvEntry<const std::uint8_t> entry, int column, int further) {
     constexpr int kSize = static_cast<int>(sizeof(Element));
-    const std::uint8_t* from = entry.data + Record::kTailAt + (column - Record::kQuantized) * kSize;
-    if constexpr (kAligned)
-      elements = cuda::load_pack<N>(reinterpret_cast<const Element*>(from));
-    else
-      elements = __builtin_bit_cast(Pack<Element, N>, cuda::load_bytes<N * kSize, false>(from));
+    const std::uint8_t* from = entry.data + Record::kTailAt + (column - Record::kQuantized) * kSize + further * kSize;
+    elements = cuda::load_words<N * kSize, kAligned>(from);
   }
   __device__ void values(float (&to)[N]) {
     cuda::use_from_here(elements);
+    if constexpr (std::is_same_v<Element, float8_e4m3fn>) {
+      cuda::widen_e4m3(elements, to);
+    } else {
+      static_assert(std::is_same_v<Element, bfloat16>);
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = to_float(elements.at[i]);
+      for (int i = 0; i < N; i += 2) {
+        to[i] = __uint_as_float(elements.at[i / 2] << 16);
+        to[i + 1] = __uint_as_float(elements.at[i / 2] & 0xffff0000u);
+      }
+    }
   }
 };
 
-/// How the rows of a quantised cache are laid over blocks: a thread makes N columns of every kStep-th row.
+/// How the rows of a quantised cache are laid over blocks: a thread makes 16 values of every kStep-th row, as kPieces
+/// of N, so far apart that neighbouring threads write neighbouring pieces.
 template <class Record, class T>
 struct RecordLayout {
-  static constexpr int N = cuda::kPackSize<T>;
-  static constexpr int kPerRow = Record::kWidth / N;
+  static constexpr int N = cuda::kPackSize<T>, kPieces = 16 / N;
   static constexpr int kThreads = Record::kWidth / 2;
-  static constexpr int kStep = kThreads / kPerRow;
-  static constexpr int kRows = 16;  // of a block
-  static_assert(kThreads % kPerRow == 0 && kRows % (kStep * kAtOnce) == 0 && Record::kGroup % N == 0);
+  static constexpr int kStep = 8;
+  static constexpr int kAtOnce = 2;              // rows that a thread has in flight
+  static constexpr int kRows = kStep * kAtOnce;  // of a block
+  static_assert(kThreads * 16 == kStep * Record::kWidth && Record::kGroup % N == 0);
 };
 
-template <class Piece, class Record, class T, bool kAligned>
+/// kApart: columns between the pieces.
+template <class Piece, int kApart, class Record, class T, bool kAligned>
 __device__ __forceinline__ void gather_pieces(const Pages& cache, const std::int32_t* indices, std::int64_t count,
                                               std::int64_t first_row, int column, T* out) {
   using Layout = RecordLayout<Record, T>;
-#pragma unroll 1
-  for (int begin = 0; begin < Layout::kRows; begin += kAtOnce * Layout::kStep) {
-    const auto row_of = [&](int j) { return first_row + begin + j * Layout::kStep; };
-    std::int32_t index[kAtOnce];
-    Piece pieces[kAtOnce];
+  constexpr int kAtOnce = Layout::kAtOnce, N = Layout::N, kPieces = Layout::kPieces;
+  const auto row_of = [&](int j) { return first_row + j * Layout::kStep; };
+  std::int32_t index[kAtOnce];
+  Piece pieces[kAtOnce][kPieces];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) index[j] = row_of(j) < count ? indices[row_of(j)] : -1;
+  for (int j = 0; j < kAtOnce; ++j) index[j] = row_of(j) < count ? indices[row_of(j)] : -1;
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      // No branches: they would make the next row's loads wait for these. The first row stands in for none.
-      const Pages::Place place = cache[cache.valid(index[j]) ? index[j] : 0];
-      pieces[j].load(kv_entry<Record>(static_cast<const std::uint8_t*>(place.page), place.page_size, place.entry),
-                     column);
-    }
+  for (int j = 0; j < kAtOnce; ++j) {
+    // No branches: they would make the next row's loads wait for these. The first row stands in for none.
+    const Pages::Place place = cache[cache.valid(index[j]) ? index[j] : 0];
+    const auto entry = kv_entry<Record>(static_cast<const std::uint8_t*>(place.page), place.page_size, place.entry);
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (row_of(j) >= count) continue;
-      if (!cache.valid(index[j])) pieces[j] = Piece{};
-      float values[Layout::N];
-      pieces[j].values(values);
-      Pack<T, Layout::N> pack;
+    for (int k = 0; k < kPieces; ++k) pieces[j][k].load(entry, column, k * kApart);
+  }
 #pragma unroll
-      for (int i = 0; i < Layout::N; ++i) pack.at[i] = stored<T>(values[i]);
-      T* to = out + row_of(j) * Record::kWidth + column;
+  for (int j = 0; j < kAtOnce; ++j) {
+    if (row_of(j) >= count) continue;
+    T* to = out + row_of(j) * Record::kWidth + column;
+#pragma unroll
+    for (int k = 0; k < kPieces; ++k) {
+      if (!cache.valid(index[j])) pieces[j][k] = Piece{};
+      float values[N];
+      pieces[j][k].values(values);
+      Pack<T, N> pack;
+#pragma unroll
+      for (int i = 0; i < N; ++i) pack.at[i] = stored<T>(values[i]);
       if constexpr (kAligned) {
-        __stwb(reinterpret_cast<uint4*>(to), __builtin_bit_cast(uint4, pack));  // which the compiler would split
+        // Which the compiler would split otherwise.
+        __stwb(reinterpret_cast<uint4*>(to + k * kApart), __builtin_bit_cast(uint4, pack));
       } else {
 #pragma unroll
-        for (int i = 0; i < Layout::N; ++i) to[i] = pack.at[i];
+        for (int i = 0; i < N; ++i) to[k * kApart + i] = pack.at[i];
       }
     }
   }
@@ -140,16 +151,21 @@ template <class Record, class T, bool kAligned>
 __global__ void __launch_bounds__(Record::kWidth / 2, 4)
     kv_gather_record_cuda_kernel(Pages cache, const std::int32_t* indices, std::int64_t count, T* out) {
   using Layout = RecordLayout<Record, T>;
-  constexpr int N = Layout::N;
-  const int column = threadIdx.x % Layout::kPerRow * N;
-  const std::int64_t first_row = std::int64_t{blockIdx.x} * Layout::kRows + threadIdx.x / Layout::kPerRow;
-  if (column < Record::kQuantized)
-    gather_pieces<Quantized<Record, N, kAligned>, Record, T, kAligned>(cache, indices, count, first_row, column, out);
-  else
-    gather_pieces<Tail<Record, N, kAligned>, Record, T, kAligned>(cache, indices, count, first_row, column, out);
+  constexpr int N = Layout::N, kTail = Record::kWidth - Record::kQuantized;
+  constexpr int kPerRow = Record::kQuantized / 16, kTailPerRow = kTail / 16;  // threads; whole warps make tails
+  const std::int64_t first_row = std::int64_t{blockIdx.x} * Layout::kRows;
+  const unsigned thread = threadIdx.x, of_tail = thread - kPerRow * Layout::kStep;
+  if (thread < kPerRow * Layout::kStep) {
+    gather_pieces<Quantized<Record, N, kAligned>, kPerRow * N, Record, T, kAligned>(
+        cache, indices, count, first_row + thread / kPerRow, thread % kPerRow * N, out);
+  } else if constexpr (kTail > 0) {
+    gather_pieces<Tail<Record, N, kAligned>, kTailPerRow * N, Record, T, kAligned>(
+        cache, indices, count, first_row + of_tail / kTailPerRow, Record::kQuantized + of_tail % kTailPerRow * N, out);
+  }
 }
 
 constexpr int kThreads = 256;
+constexpr int kAtOnce = 4;  // that a thread has in flight
 constexpr int kItemsPerBlock = kThreads * kAtOnce;
 
 /// A cache of C's; an item is W neighbouring elements.
