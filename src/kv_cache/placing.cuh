@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "dsm/launch.h"
+#include "src/cuda/launch/launch.h"
+#include "src/cuda/ptx/barrier.cuh"
 #include "src/kv_cache/pages.cuh"
 #include "src/kv_cache/placements.h"
 
@@ -16,29 +19,32 @@ struct Placing {
   /// [rows of the cache] the last token that names a row, where one does; null where there are few tokens.
   const std::int32_t* last_tokens;
 
-  /// Launches the kernels that make the marks in the workspace.
+  /// Launches the kernel that makes the marks in the workspace.
   Placing(const char* operation, const TensorView& slots, const TensorView& cache, const Launch& launch);
 
-  /// The slots of `kTokens` tokens of this block, -1 for those that are not stored: all threads of the block must call
-  /// it, each for one of the tokens first, first + 1, ... The last block may have fewer.
-  template <int kTokens>
-  __device__ __forceinline__ std::int64_t slot_of(int token_of_block, const Pages& pages) const {
-    static_assert(kTokens <= 32);
-    const std::int64_t first = std::int64_t{blockIdx.x} * kTokens, token = first + token_of_block;
-    const std::int64_t slot = token < tokens ? slots[token] : -1;
-    if (last_tokens) return pages.valid(slot) && last_tokens[slot] == token ? slot : -1;
+  static constexpr int kMostUnmarked = 32;  // tokens of a block, where there are no marks
 
-    __shared__ std::int64_t block_slots[kTokens];
+  /// The slots of `of_block` tokens of this block, -1 for those that are not stored: all threads of the block must call
+  /// it, each for one of the tokens first, first + 1, ... The last block may have fewer.
+  __device__ __forceinline__ std::int64_t slot_of(int token_of_block, int of_block, const Pages& pages) const {
+    const std::int64_t first = std::int64_t{blockIdx.x} * of_block, token = first + token_of_block;
+    const std::int64_t slot = token < tokens ? slots[token] : -1;
+    if (last_tokens) {
+      cuda::await_previous_kernel();
+      return pages.valid(slot) && last_tokens[slot] == token ? slot : -1;
+    }
+
+    __shared__ std::int64_t block_slots[kMostUnmarked];
     __shared__ unsigned overtaken;  // a bit per token
     if (threadIdx.x == 0) overtaken = 0;
-    if (threadIdx.x < kTokens)
+    if (threadIdx.x < of_block)
       block_slots[threadIdx.x] = first + threadIdx.x < tokens ? slots[first + threadIdx.x] : -1;
     __syncthreads();
     unsigned mine = 0;
     for (std::int64_t later = first + 1 + threadIdx.x; later < tokens; later += blockDim.x) {
       const std::int64_t other = slots[later];
 #pragma unroll 4
-      for (int i = 0; i < kTokens; ++i)
+      for (int i = 0; i < of_block; ++i)
         if (other == block_slots[i] && first + i < later) mine |= 1u << i;
     }
     if (mine) atomicOr(&overtaken, mine);
@@ -46,5 +52,16 @@ struct Placing {
     return pages.valid(slot) && !(overtaken >> token_of_block & 1) ? slot : -1;
   }
 };
+
+/// Launches a kernel that takes the placing. Where there are marks it starts while they are being made: it may read
+/// its other inputs before slot_of, but write nothing.
+template <class... Parameters, class... Arguments>
+void launch_placing(const char* operation, const Placing& placing, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    const Launch& on, Arguments&&... arguments) {
+  if (placing.last_tokens)
+    cuda::launch_dependent(operation, kernel, grid, block, 0, on, placing, std::forward<Arguments>(arguments)...);
+  else
+    cuda::launch(operation, kernel, grid, block, 0, on, placing, std::forward<Arguments>(arguments)...);
+}
 
 }  // namespace dsm

@@ -8,22 +8,21 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// Before the maxima are taken: contents of the workspace are arbitrary.
-__global__ void __launch_bounds__(kThreads) clear_marks_cuda_kernel(const std::int64_t* slots, std::int64_t tokens,
-                                                                    std::int64_t rows, std::int32_t* last_tokens) {
-  const std::int64_t token = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (token >= tokens) return;
-  const std::int64_t slot = slots[token];
-  if (slot >= 0 && slot < rows) last_tokens[slot] = -1;
-}
-
+/// What the workspace holds before is arbitrary: a mark counts if it is a token that names the row.
 __global__ void __launch_bounds__(kThreads) mark_last_cuda_kernel(const std::int64_t* slots, std::int64_t tokens,
                                                                   std::int64_t rows, std::int32_t* last_tokens) {
+  cuda::release_next_kernel();
   const std::int64_t token = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (token >= tokens) return;
   const std::int64_t slot = slots[token];
-  cuda::await_previous_kernel();
-  if (slot >= 0 && slot < rows) atomicMax(&last_tokens[slot], static_cast<std::int32_t>(token));
+  if (slot < 0 || slot >= rows) return;
+  const auto own = static_cast<std::int32_t>(token);
+  std::int32_t* mark = last_tokens + slot;
+  for (;;) {
+    const std::int32_t before = atomicMax(mark, own);
+    if (before <= own || (before < tokens && slots[before] == slot)) return;
+    atomicCAS(mark, before, own);
+  }
 }
 
 }  // namespace
@@ -34,8 +33,7 @@ Placing::Placing(const char* operation, const TensorView& slot_view, const Tenso
   auto* marks = static_cast<std::int32_t*>(launch.workspace);
   const dim3 grid(static_cast<unsigned>(cuda::ceil_div<std::int64_t>(tokens, kThreads)));
   const std::int64_t rows = cache.size(0) * cache.size(1);
-  cuda::launch(operation, clear_marks_cuda_kernel, grid, dim3(kThreads), 0, launch, slots, tokens, rows, marks);
-  cuda::launch_dependent(operation, mark_last_cuda_kernel, grid, dim3(kThreads), 0, launch, slots, tokens, rows, marks);
+  cuda::launch(operation, mark_last_cuda_kernel, grid, dim3(kThreads), 0, launch, slots, tokens, rows, marks);
   last_tokens = marks;
 }
 

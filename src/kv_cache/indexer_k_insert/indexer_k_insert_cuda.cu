@@ -1,8 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Bound by instructions, about 150 a key, half of them to find where it goes: on an H200 524288 keys of 128 values
-// reach 41 % (bfloat16) and 65 % (float32) of the same run's copy bandwidth, in the same time. Half a warp quantises a
-// key. Keys of up to 128 values, as the models' are, stay in its registers between the scale and the codes; of longer
-// ones the rest is read again, from the cache.
+// Four lanes quantise a key of 128 values, as the models' are, which stays in their registers between the scale and the
+// codes: about 45 warp instructions. Of longer ones the rest is read again, from the cache. H200, 524288 keys, part of
+// the same run's copy bandwidth: bfloat16 74 %, float32 82 %. The marks of the last token of each slot take a tenth
+// of the time: keys are small.
 #include <cstdint>
 
 #include "src/cpu/visit_dtype.h"
@@ -10,60 +10,97 @@
 #include "src/cuda/launch/launch.h"
 #include "src/kv_cache/indexer_k_insert/indexer_k_insert.h"
 #include "src/kv_cache/placing.cuh"
-#include "src/kv_cache/quantized_row.cuh"
+#include "src/kv_cache/quotient_codes.cuh"
+#include "src/kv_cache/row_chunk.cuh"
+#include "src/kv_cache/warp_entries.cuh"
 
 namespace dsm {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kTokens = kThreads / kRowLanes;
-constexpr std::int64_t kStep = kRowLanes * kChunk;
+constexpr int kKeyLanes = 4;
+constexpr int kRun = 2;                                   // chunks of a lane that are neighbours
+constexpr int kKeysAtOnce = cuda::kWarpSize / kKeyLanes;  // of a warp
+constexpr int kStep = kKeyLanes * kChunks * kChunk;       // values of a key that are held at the same time
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    indexer_k_insert_cuda_kernel(const T* k, std::int64_t stride, std::int64_t d, bool packed, Placing placing,
-                                 Pages cache, bool aligned) {
-  const int lane = threadIdx.x % kRowLanes, of_block = threadIdx.x / kRowLanes;
-  const T* key = k + min(std::int64_t{blockIdx.x} * kTokens + of_block, placing.tokens - 1) * stride;
-  // Zeros behind the end, which change no magnitude.
-  const auto load = [&](std::int64_t column) {
-    Chunk<T> chunk{};
-    if (column + kChunk <= d) {
-      chunk.load(key + column, packed);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        if (column + i < d) chunk.at[i] = key[column + i];
-    }
-    return chunk;
+/// kWhole: that d is kStep and that 16-byte accesses suit keys and pages.
+template <class T, bool kWhole>
+__global__ void __launch_bounds__(kRowThreads)
+    indexer_k_insert_cuda_kernel(Placing placing, const T* k, std::int64_t stride, std::int64_t any_d, bool packed,
+                                 Pages cache, bool aligned, int rounds) {
+  constexpr bool kAhead = kWhole && sizeof(T) == 2;  // that registers hold two keys
+  const std::int64_t d = kWhole ? kStep : any_d;
+  const int warp = threadIdx.x / cuda::kWarpSize, of_warp = threadIdx.x % cuda::kWarpSize / kKeyLanes;
+  const int lane = threadIdx.x % kKeyLanes, of_block = kRowThreads / kKeyLanes * rounds;
+  const int count = kKeysAtOnce * rounds;  // of a warp's tokens
+  const std::int64_t first = std::int64_t{blockIdx.x} * of_block + warp * count + of_warp;
+  const auto column = [&](std::int64_t begin, int c) {
+    return begin + (c / kRun * kKeyLanes * kRun + lane * kRun + c % kRun) * kChunk;
   };
-  const Chunk<T> first = load(lane * kChunk);
-  const std::int64_t slot = placing.slot_of<kTokens>(of_block, cache);
-  const bool stored = slot >= 0;
-  const Pages::Place place = cache[stored ? slot : 0];
-  const auto entry = indexer_entry(place.page, place.page_size, d, place.entry);
-
-  float amax = largest_magnitude<kRowLanes>(first);
-  for (std::int64_t begin = kStep; begin < d; begin += kStep) {
-    const float other = largest_magnitude<kRowLanes>(load(begin + lane * kChunk));
-    amax = __int_as_float(max(__float_as_int(amax), __float_as_int(other)));  // NaN is the largest
-  }
-  const float8_e8m0fnu scale = e4m3_block_scale(amax);
-  const ByPowerOfTwo by(scale);
-  if (stored && lane == 0) store_unaligned(entry.scales, to_float(scale));
-  for (std::int64_t begin = 0; begin < d; begin += kStep) {
-    const std::int64_t column = begin + lane * kChunk;
-    float x[kChunk];
-    (begin == 0 ? first : load(column)).values(x);
-    if (!stored || column >= d) continue;
-    if (column + kChunk <= d) {
-      store_e4m3(x, by, is_nan(scale), entry.data + column, aligned);
-    } else {
-      std::uint8_t codes[kChunk];
-      store_e4m3(x, by, is_nan(scale), codes, false);
+  // Zeros behind the end, which change no magnitude.
+  const auto load = [&](int round, std::int64_t begin, Chunk<T>(&chunks)[kChunks]) {
+    const T* key = k + min(first + kKeysAtOnce * round, placing.tokens - 1) * stride;
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        if (column + i < d) entry.data[column + i] = codes[i];
+    for (int c = 0; c < kChunks; ++c) {
+      const std::int64_t at = column(begin, c);
+      if (kWhole || at + kChunk <= d) {
+        chunks[c].load(key + at, kWhole || packed);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) chunks[c].at[i] = at + i < d ? key[at + i] : T{};
+      }
+    }
+  };
+  Chunk<T> chunks[kChunks];
+  load(0, 0, chunks);
+  const WarpEntries entries(placing, cache, warp * count, count, of_block, [&](const Pages::Place& place) {
+    return indexer_entry(place.page, place.page_size, d, place.entry);
+  });
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    Chunk<T> next[kChunks];
+    if (kAhead && round + 1 < rounds) load(round + 1, 0, next);
+    if (!kAhead && round > 0) load(round, 0, chunks);
+    std::int32_t bits = largest_bits<kChunks>(chunks);
+    for (std::int64_t begin = kStep; begin < d; begin += kStep) {
+      load(round, begin, chunks);
+      bits = max(bits, largest_bits<kChunks>(chunks));
+    }
+    const float8_e8m0fnu scale = e4m3_block_scale(largest_magnitude<kKeyLanes>(bits));
+    const ByPowerOfTwo by(scale);
+    const KvEntry<std::uint8_t> entry = entries[kKeysAtOnce * round + of_warp];
+    const bool stored = entry.data != nullptr;
+    if (stored && lane == 0) {
+      if (kWhole)
+        *reinterpret_cast<float*>(entry.scales) = to_float(scale);
+      else
+        store_unaligned(entry.scales, to_float(scale));
+    }
+    if constexpr (kWhole) {
+#pragma unroll
+      for (int c = 0; c < kChunks; c += kRun)
+        if (stored) store_e4m3<kRun>(chunks + c, by, is_nan(scale), entry.data + column(0, c), true);
+    } else {
+      for (std::int64_t begin = 0; begin < d; begin += kStep) {
+        if (d > kStep) load(round, begin, chunks);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const std::int64_t at = column(begin, c);
+          if (!stored || at >= d) continue;
+          if (at + kChunk <= d) {
+            store_e4m3<1>(chunks + c, by, is_nan(scale), entry.data + at, aligned);
+          } else {
+            std::uint8_t codes[kChunk];
+            store_e4m3<1>(chunks + c, by, is_nan(scale), codes, false);
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i)
+              if (at + i < d) entry.data[at + i] = codes[i];
+          }
+        }
+      }
+    }
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) chunks[c] = next[c];
     }
   }
 }
@@ -72,12 +109,16 @@ __global__ void __launch_bounds__(kThreads)
 
 void indexer_k_insert_cuda(const IndexerKInsertArgs& a, const Launch& launch) {
   const std::int64_t d = a.k.size(1);
+  const bool packed = cuda::packable({a.k}), aligned = Pages::aligned(a.cache) && d % kChunk == 0;
   cpu::visit_floating(a.k.dtype, [&]<class T>() {
-    cuda::launch("indexer_k_insert", indexer_k_insert_cuda_kernel<T>,
-                 dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kTokens)), dim3(kThreads), 0, launch,
-                 a.k.as<const T>(), a.k.stride[0], d, cuda::packable({a.k}),
-                 Placing("indexer_k_insert", a.slots, a.cache, launch), Pages(a.cache),
-                 Pages::aligned(a.cache) && d % kChunk == 0);
+    const Placing placing("indexer_k_insert", a.slots, a.cache, launch);
+    const int rounds = rounds_of(placing);
+    launch_placing("indexer_k_insert", placing,
+                   packed && aligned && d == kStep ? indexer_k_insert_cuda_kernel<T, true>
+                                                   : indexer_k_insert_cuda_kernel<T, false>,
+                   dim3(cuda::ceil_div<std::int64_t>(placing.tokens, kRowThreads / kKeyLanes * rounds)),
+                   dim3(kRowThreads), launch, a.k.as<const T>(), a.k.stride[0], d, packed, Pages(a.cache), aligned,
+                   rounds);
   });
 }
 

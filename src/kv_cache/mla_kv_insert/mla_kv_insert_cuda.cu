@@ -1,8 +1,9 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Half a warp quantises a row, all of which it loads before it looks at the token's slot; rows of plain caches are
-// copied by whole blocks. H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32: plain 87 | 94
-// %, V3.2 FP8 70 | 87 %, V3.2 NVFP4 52 | 72 %: quantising a row is about 310 warp instructions, to E2M1 460, of which
-// the smaller part depends on the width of the elements.
+// Half a warp quantises a row at a time: it loads the first before it looks at the tokens' slots, and of elements of 16
+// bits the next one before it works on one, as a row waits for memory longer than for its arithmetic. Rows of plain
+// caches are copied by whole blocks. H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32:
+// plain 92 | 97 %, V3.2 FP8 81 | 90 %, with float32 scales 73 | 88 %, V3.2 NVFP4 72 | 88 %. Quantising a row is about
+// 190 warp instructions, to E2M1 250.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -14,13 +15,12 @@
 #include "src/kv_cache/mla_kv_insert/mla_kv_insert.h"
 #include "src/kv_cache/placing.cuh"
 #include "src/kv_cache/quantized_row.cuh"
+#include "src/kv_cache/warp_entries.cuh"
 
 namespace dsm {
 namespace {
 
 using cuda::Pack;
-
-constexpr int kThreads = 128;
 
 /// [tokens, columns] with adjacent columns.
 template <class T>
@@ -32,29 +32,51 @@ struct Rows {
   __device__ const T* operator[](std::int64_t token) const { return data + token * stride; }
 };
 
-/// kAligned: that rows and pages are, for 16-byte accesses.
-template <class Record, class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    mla_kv_insert_record_cuda_kernel(Rows<T> latent, Rows<T> k_pe, Placing placing, KvScales scales, Pages cache) {
-  constexpr int kTokens = kThreads / kRowLanes, kChunks = Record::kQuantized / kChunk / kRowLanes;
-  const int lane = threadIdx.x % kRowLanes, of_block = threadIdx.x / kRowLanes;
-  const std::int64_t token = min(std::int64_t{blockIdx.x} * kTokens + of_block, placing.tokens - 1);
-  const bool has_tail = lane < (Record::kWidth - Record::kQuantized) / kChunk;
-  Chunk<T> chunks[kChunks], tail{};
-#pragma unroll
-  for (int k = 0; k < kChunks; ++k) chunks[k].load(latent[token] + (lane + k * kRowLanes) * kChunk, kAligned);
-  if (has_tail) tail.load(k_pe[token] + lane * kChunk, kAligned);
+/// A lane's part of a row.
+template <class Record, class T>
+struct Part {
+  static constexpr int kTailLanes = (Record::kWidth - Record::kQuantized) / kChunk;
+  Chunk<T> chunks[kChunks], tail;
 
-  const std::int64_t slot = placing.slot_of<kTokens>(of_block, cache);
-  const bool stored = slot >= 0;
-  const Pages::Place place = cache[stored ? slot : 0];
-  const auto entry = kv_entry<Record>(place.page, place.page_size, place.entry);
+  __device__ __forceinline__ void load(const Rows<T>& latent, const Rows<T>& k_pe, std::int64_t token, int lane,
+                                       bool aligned) {
 #pragma unroll
-  for (int k = 0; k < kChunks; ++k) {
-    const float amax = largest_magnitude<Record::kGroup / kChunk>(chunks[k]);
-    if (stored) store_codes<Record>(entry, (lane + k * kRowLanes) * kChunk, chunks[k], amax, scales, kAligned);
+    for (int k = 0; k < kChunks; ++k) chunks[k].load(latent[token] + RowLayout<Record>::column(lane, k), aligned);
+    if (lane < kTailLanes) tail.load(k_pe[token] + lane * kChunk, aligned);
   }
-  if (stored && has_tail) store_tail<Record>(entry.data, lane * kChunk, tail, kAligned);
+};
+
+/// kAligned: that rows and pages are, for 16-byte accesses.
+template <class Record, KvScales kScales, class T, bool kAligned>
+__global__ void __launch_bounds__(kRowThreads)
+    mla_kv_insert_record_cuda_kernel(Placing placing, Rows<T> latent, Rows<T> k_pe, Pages cache, int rounds) {
+  using Layout = RowLayout<Record>;
+  constexpr bool kAhead = sizeof(T) == 2;  // that registers hold two rows
+  const int warp = threadIdx.x / cuda::kWarpSize, half = threadIdx.x % cuda::kWarpSize / kRowLanes;
+  const int lane = threadIdx.x % kRowLanes, of_block = kRowThreads / kRowLanes * rounds;
+  const std::int64_t first = std::int64_t{blockIdx.x} * of_block + warp * 2 * rounds + half;
+  const auto token = [&](int round) { return min(first + 2 * round, placing.tokens - 1); };
+  Part<Record, T> part;
+  part.load(latent, k_pe, token(0), lane, kAligned);
+  const WarpEntries entries(placing, cache, warp * 2 * rounds, 2 * rounds, of_block, entry_at<Record>);
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    Part<Record, T> next;
+    if (kAhead && round + 1 < rounds) next.load(latent, k_pe, token(round + 1), lane, kAligned);
+    if (!kAhead && round > 0) part.load(latent, k_pe, token(round), lane, kAligned);
+    const KvEntry<std::uint8_t> entry = entries[2 * round + half];
+    const bool stored = entry.data != nullptr;
+#pragma unroll
+    for (int k = 0; k < kChunks; k += Layout::kGroupChunks) {
+      const float amax = largest_magnitude<Layout::kGroupLanes>(largest_bits<Layout::kGroupChunks>(part.chunks + k));
+      if (stored)
+        store_group<Record, Layout::kGroupChunks, kScales>(entry, Layout::column(lane, k), part.chunks + k, amax,
+                                                           kAligned);
+    }
+    if (stored && lane < Part<Record, T>::kTailLanes)
+      store_tail<Record>(entry.data, lane * kChunk, part.tail, kAligned);
+    if (kAhead) part = next;
+  }
 }
 
 constexpr int kPlainThreads = 256;
@@ -69,7 +91,7 @@ struct PackPlace {
 /// Rows of T's for a cache of C's, W elements at a time; consecutive threads copy consecutive packs.
 template <class T, class C, int W>
 __global__ void __launch_bounds__(kPlainThreads, 4)
-    mla_kv_insert_plain_cuda_kernel(Rows<T> latent, Rows<T> k_pe, Placing placing, Pages cache,
+    mla_kv_insert_plain_cuda_kernel(Placing placing, Rows<T> latent, Rows<T> k_pe, Pages cache,
                                     cuda::Divider packs_of_row) {
   __shared__ std::int64_t slots[kPlainTokens];
   const std::int64_t first = std::int64_t{blockIdx.x} * kPlainTokens, width = latent.columns + k_pe.columns;
@@ -88,7 +110,7 @@ __global__ void __launch_bounds__(kPlainThreads, 4)
                                                             : k_pe[first + token] + (column - latent.columns));
     }
     if (begin == threadIdx.x) {  // the first time, in all threads
-      const std::int64_t slot = placing.slot_of<kPlainTokens>(threadIdx.x % kPlainTokens, cache);
+      const std::int64_t slot = placing.slot_of(threadIdx.x % kPlainTokens, kPlainTokens, cache);
       if (threadIdx.x < kPlainTokens) slots[threadIdx.x] = slot;
       __syncthreads();
     }
@@ -116,25 +138,31 @@ __global__ void __launch_bounds__(kPlainThreads, 4)
 template <class T>
 void insert_records(const MlaKvInsertArgs& a, KvFormat format, const Launch& launch) {
   const bool aligned = cuda::packable({a.latent, a.k_pe}) && Pages::aligned(a.cache);
-  const auto insert = [&]<class Record>() {
-    cuda::launch("mla_kv_insert",
-                 aligned ? mla_kv_insert_record_cuda_kernel<Record, T, true>
-                         : mla_kv_insert_record_cuda_kernel<Record, T, false>,
-                 dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kThreads / kRowLanes)), dim3(kThreads), 0, launch,
-                 Rows<T>(a.latent), Rows<T>(a.k_pe), Placing("mla_kv_insert", a.slots, a.cache, launch), a.scales,
-                 Pages(a.cache));
+  const auto insert = [&]<class Record, KvScales kScales>() {
+    const Placing placing("mla_kv_insert", a.slots, a.cache, launch);
+    const int rounds = rounds_of(placing);
+    launch_placing("mla_kv_insert", placing,
+                   aligned ? mla_kv_insert_record_cuda_kernel<Record, kScales, T, true>
+                           : mla_kv_insert_record_cuda_kernel<Record, kScales, T, false>,
+                   dim3(cuda::ceil_div<std::int64_t>(placing.tokens, kRowThreads / kRowLanes * rounds)),
+                   dim3(kRowThreads), launch, Rows<T>(a.latent), Rows<T>(a.k_pe), Pages(a.cache), rounds);
   };
-  format == KvFormat::v32_fp8 ? insert.template operator()<KvV32Fp8>() : insert.template operator()<KvV32Nvfp4>();
+  if (format != KvFormat::v32_fp8)
+    insert.template operator()<KvV32Nvfp4, KvScales::ue8m0>();
+  else if (a.scales == KvScales::fp32)
+    insert.template operator()<KvV32Fp8, KvScales::fp32>();
+  else
+    insert.template operator()<KvV32Fp8, KvScales::ue8m0>();
 }
 
 template <class T, class C, int W>
 void insert_plain(const MlaKvInsertArgs& a, const Launch& launch) {
   const auto packs_of_row = static_cast<std::uint32_t>((a.latent.size(1) + a.k_pe.size(1)) / W);
   if (packs_of_row == 0) return;
-  cuda::launch("mla_kv_insert", mla_kv_insert_plain_cuda_kernel<T, C, W>,
-               dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kPlainTokens)), dim3(kPlainThreads), 0, launch,
-               Rows<T>(a.latent), Rows<T>(a.k_pe), Placing("mla_kv_insert", a.slots, a.cache, launch), Pages(a.cache),
-               cuda::Divider(packs_of_row));
+  launch_placing("mla_kv_insert", Placing("mla_kv_insert", a.slots, a.cache, launch),
+                 mla_kv_insert_plain_cuda_kernel<T, C, W>,
+                 dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kPlainTokens)), dim3(kPlainThreads), launch,
+                 Rows<T>(a.latent), Rows<T>(a.k_pe), Pages(a.cache), cuda::Divider(packs_of_row));
 }
 
 }  // namespace

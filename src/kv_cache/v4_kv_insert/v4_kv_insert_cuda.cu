@@ -1,12 +1,12 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Bound by memory, with instructions close behind where a row is normalised, turned and quantised. Half a warp makes a
-// quantised row. Its steps see it in two orders: as chunks of neighbours, in which it is loaded and stored, and,
-// through shared memory, one column in 16 a lane, in which the CPU adds up the squares, and pair by pair for the
+// quantised row at a time. Its steps see it in two orders: as chunks of neighbours, in which it is loaded and stored,
+// and, through shared memory, one column in 16 a lane, in which the CPU adds up the squares, and pair by pair for the
 // rotation. The bytes are those of the CPU, but for the sign of NaN that arithmetic has made. Rows of plain caches can
 // have any width: a warp makes them column by column.
 //
 // H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32, not normalised nor turned: V4 FP8
-// 70 | 84 %, V4.1 FP8 68 | 85 %, V4.1 FP4 46 | 66 %; both, into a plain float32 cache: 74 %.
+// 81 | 89 %, V4.1 FP8 82 | 90 %, V4.1 FP4 72 | 87 %; both, into a plain float32 cache: 77 %.
 #include <cstdint>
 
 #include "src/cpu/visit_dtype.h"
@@ -16,6 +16,7 @@
 #include "src/kv_cache/placing.cuh"
 #include "src/kv_cache/quantized_row.cuh"
 #include "src/kv_cache/v4_kv_insert/v4_kv_insert.h"
+#include "src/kv_cache/warp_entries.cuh"
 #include "src/numerics/rope.h"
 
 namespace dsm {
@@ -70,98 +71,131 @@ struct Steps {
   }
 };
 
-/// kAligned: that rows and pages are, for 16-byte accesses.
-template <class Record, class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    v4_kv_insert_record_cuda_kernel(const T* kv, std::int64_t stride, bool packed_weight, Steps<T> steps,
-                                    Placing placing, Pages cache) {
+/// A lane's part of a row of the shared memory's is normalised.
+template <class Record, class T>
+__device__ __forceinline__ void normalize(Chunk<T> (&chunks)[kChunks], T* row, const Steps<T>& steps,
+                                          bool packed_weight, int lane) {
   using A = Compute<T>;
-  constexpr int kTokens = kThreads / kRowLanes, kChunks = kWidth / kChunk / kRowLanes;
-  constexpr int kPadding = 16;  // keeps two rows that a warp reads at the same columns in different banks
-  __shared__ __align__(16) T rows[kTokens][kWidth + kPadding];
-  const int lane = threadIdx.x % kRowLanes, of_block = threadIdx.x / kRowLanes;
-  const std::int64_t token = min(std::int64_t{blockIdx.x} * kTokens + of_block, placing.tokens - 1);
-  T* row = rows[of_block];
-  const auto column = [&](int k) { return (lane + k * kRowLanes) * kChunk; };
-  Chunk<T> chunks[kChunks];
+  const auto column = [&](int k) { return RowLayout<Record>::column(lane, k); };
 #pragma unroll
-  for (int k = 0; k < kChunks; ++k) chunks[k].load(kv + token * stride + column(k), kAligned);
-  const std::int64_t slot = placing.slot_of<kTokens>(of_block, cache);
-  const bool stored = slot >= 0;
-
-  if (steps.normalizes()) {
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k) chunks[k].store_packed(row + column(k));
-    __syncwarp();
-    A squares = 0;
+  for (int k = 0; k < kChunks; ++k) chunks[k].store_packed(row + column(k));
+  __syncwarp();
+  A squares = 0;
 #pragma unroll 8
-    for (int i = lane; i < kWidth; i += kRowLanes) {
-      const A x = cuda::widened(row[i]);
-      squares += rounded_product(x, x);
-    }
-    const A rstd = steps.rstd(squares, kWidth);
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k) {
-      A w[kChunk];
-      if (packed_weight && steps.weight) {
-        cuda::load_widened(steps.weight + column(k), w);
-      } else if (packed_weight) {
-        cuda::load_widened(steps.wide_weight + column(k), w);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) w[i] = steps.weight_at(column(k) + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) chunks[k].at[i] = steps.normalized(chunks[k].at[i], rstd, w[i]);
-    }
-    __syncwarp();
+  for (int i = lane; i < kWidth; i += kRowLanes) {
+    const A x = cuda::widened(row[i]);
+    squares += rounded_product(x, x);
   }
-
-  if (steps.pairs > 0) {
-    const int pairs = static_cast<int>(steps.pairs), turned = kWidth - 2 * pairs;
-    const std::int64_t position = steps.positions[token];
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k)
-      if (column(k) + kChunk > turned) chunks[k].store_packed(row + column(k));
-    __syncwarp();
-    for (int pair = lane; pair < pairs; pair += kRowLanes) {
-      T* at = row + turned + 2 * pair;
-      A a = cuda::widened(at[0]), b = cuda::widened(at[1]);
-      rotate(steps.rotation(position, pair), a, b);
-      at[0] = cuda::narrowed<T>(a);
-      at[1] = cuda::narrowed<T>(b);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k)
-      if (column(k) + kChunk > turned) chunks[k].load(row + column(k), true);
-  }
-
-  const Pages::Place place = cache[stored ? slot : 0];
-  const auto entry = kv_entry<Record>(place.page, place.page_size, place.entry);
+  const A rstd = steps.rstd(squares, kWidth);
 #pragma unroll
   for (int k = 0; k < kChunks; ++k) {
-    const float amax = largest_magnitude<Record::kGroup / kChunk>(chunks[k]);
-    if (!stored) continue;
-    if (column(k) < Record::kQuantized)
-      store_codes<Record>(entry, column(k), chunks[k], amax, KvScales::ue8m0, kAligned);
-    else
-      store_tail<Record>(entry.data, column(k) - Record::kQuantized, chunks[k], kAligned);
+    A w[kChunk];
+    if (packed_weight && steps.weight) {
+      cuda::load_widened(steps.weight + column(k), w);
+    } else if (packed_weight) {
+      cuda::load_widened(steps.wide_weight + column(k), w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) w[i] = steps.weight_at(column(k) + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) chunks[k].at[i] = steps.normalized(chunks[k].at[i], rstd, w[i]);
   }
-  // The byte behind V4's 7 scales.
-  if constexpr (std::is_same_v<Record, KvV4Fp8>)
-    if (stored && lane == 0) entry.scales[Record::kScaleBytes - 1] = 0;
+  __syncwarp();
+}
+
+/// As above, its last pairs are turned.
+template <class Record, class T>
+__device__ __forceinline__ void turn(Chunk<T> (&chunks)[kChunks], T* row, const Steps<T>& steps, std::int64_t token,
+                                     int lane) {
+  using A = Compute<T>;
+  const auto column = [&](int k) { return RowLayout<Record>::column(lane, k); };
+  const int pairs = static_cast<int>(steps.pairs), turned = kWidth - 2 * pairs;
+  const std::int64_t position = steps.positions[token];
+#pragma unroll
+  for (int k = 0; k < kChunks; ++k)
+    if (column(k) + kChunk > turned) chunks[k].store_packed(row + column(k));
+  __syncwarp();
+  for (int pair = lane; pair < pairs; pair += kRowLanes) {
+    T* at = row + turned + 2 * pair;
+    A a = cuda::widened(at[0]), b = cuda::widened(at[1]);
+    rotate(steps.rotation(position, pair), a, b);
+    at[0] = cuda::narrowed<T>(a);
+    at[1] = cuda::narrowed<T>(b);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < kChunks; ++k)
+    if (column(k) + kChunk > turned) chunks[k].load(row + column(k), true);
+  __syncwarp();
+}
+
+/// kPlain: that rows are stored as they are, and that they and the pages suit 16-byte accesses.
+template <class Record, class T, bool kPlain>
+__global__ void __launch_bounds__(kRowThreads)
+    v4_kv_insert_record_cuda_kernel(Placing placing, const T* kv, std::int64_t stride, bool packed_weight,
+                                    Steps<T> steps, Pages cache, bool any_aligned, int rounds) {
+  using Layout = RowLayout<Record>;
+  constexpr bool kAhead = kPlain && sizeof(T) == 2;  // that registers hold two rows
+  constexpr int kPadding = 16;  // keeps two rows that a warp reads at the same columns in different banks
+  __shared__ __align__(16) T rows[kPlain ? 1 : kRowThreads / kRowLanes][kPlain ? 1 : kWidth + kPadding];
+  const bool aligned = kPlain || any_aligned;
+  const int warp = threadIdx.x / cuda::kWarpSize, half = threadIdx.x % cuda::kWarpSize / kRowLanes;
+  const int lane = threadIdx.x % kRowLanes, of_block = kRowThreads / kRowLanes * rounds;
+  const std::int64_t first = std::int64_t{blockIdx.x} * of_block + warp * 2 * rounds + half;
+  const auto token = [&](int round) { return min(first + 2 * round, placing.tokens - 1); };
+  const auto column = [&](int k) { return Layout::column(lane, k); };
+  Chunk<T> chunks[kChunks];
+  const auto load = [&](Chunk<T>(&to)[kChunks], int round) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) to[k].load(kv + token(round) * stride + column(k), aligned);
+  };
+  load(chunks, 0);
+  const WarpEntries entries(placing, cache, warp * 2 * rounds, 2 * rounds, of_block, entry_at<Record>);
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    Chunk<T> next[kChunks];
+    if (kAhead && round + 1 < rounds) load(next, round + 1);
+    if (!kAhead && round > 0) load(chunks, round);
+    if constexpr (!kPlain) {
+      T* row = rows[threadIdx.x / kRowLanes];
+      if (steps.normalizes()) normalize<Record>(chunks, row, steps, packed_weight, lane);
+      if (steps.pairs > 0) turn<Record>(chunks, row, steps, token(round), lane);
+    }
+    const KvEntry<std::uint8_t> entry = entries[2 * round + half];
+    const bool stored = entry.data != nullptr;
+    constexpr int kAtOnce = Layout::kGroupChunks;
+#pragma unroll
+    for (int k = 0; k < kChunks; k += kAtOnce) {
+      const float amax = largest_magnitude<Layout::kGroupLanes>(largest_bits<kAtOnce>(chunks + k));
+      if (!stored) continue;
+      if (column(k) < Record::kQuantized) {
+        store_group<Record, kAtOnce, KvScales::ue8m0>(entry, column(k), chunks + k, amax, aligned);
+      } else {
+#pragma unroll
+        for (int c = k; c < k + kAtOnce; ++c)
+          store_tail<Record>(entry.data, column(c) - Record::kQuantized, chunks[c], aligned);
+      }
+    }
+    // The byte behind V4's 7 scales.
+    if constexpr (std::is_same_v<Record, KvV4Fp8>)
+      if (stored && lane == 0) entry.scales[Record::kScaleBytes - 1] = 0;
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) chunks[k] = next[k];
+    }
+  }
 }
 
 /// For a cache of C's.
 template <class T, class C>
 __global__ void __launch_bounds__(kThreads, 6)
-    v4_kv_insert_plain_cuda_kernel(const T* kv, std::int64_t stride, std::int64_t width, Steps<T> steps,
-                                   Placing placing, Pages cache) {
+    v4_kv_insert_plain_cuda_kernel(Placing placing, const T* kv, std::int64_t stride, std::int64_t width,
+                                   Steps<T> steps, Pages cache) {
   using A = Compute<T>;
   constexpr int kTokens = kThreads / cuda::kWarpSize;
   const int lane = threadIdx.x % cuda::kWarpSize, of_block = threadIdx.x / cuda::kWarpSize;
-  const std::int64_t slot = placing.slot_of<kTokens>(of_block, cache);
+  const std::int64_t slot = placing.slot_of(of_block, kTokens, cache);
   if (slot < 0) return;
   const std::int64_t token = std::int64_t{blockIdx.x} * kTokens + of_block;
   const T* row = kv + token * stride;
@@ -204,14 +238,15 @@ __global__ void __launch_bounds__(kThreads, 6)
 
 template <class T>
 void insert_records(const V4KvInsertArgs& a, KvFormat format, const Launch& launch) {
-  const bool aligned = cuda::packable({a.kv}) && Pages::aligned(a.cache);
+  const bool aligned = cuda::packable({a.kv}) && Pages::aligned(a.cache), plain = aligned && !a.weight && !a.positions;
   const auto insert = [&]<class Record>() {
-    cuda::launch(
-        "v4_kv_insert",
-        aligned ? v4_kv_insert_record_cuda_kernel<Record, T, true> : v4_kv_insert_record_cuda_kernel<Record, T, false>,
-        dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kThreads / kRowLanes)), dim3(kThreads), 0, launch,
-        a.kv.as<const T>(), a.kv.stride[0], cuda::packable({a.weight}), Steps<T>(a),
-        Placing("v4_kv_insert", a.slots, a.cache, launch), Pages(a.cache));
+    const Placing placing("v4_kv_insert", a.slots, a.cache, launch);
+    const int rounds = rounds_of(placing);
+    launch_placing(
+        "v4_kv_insert", placing,
+        plain ? v4_kv_insert_record_cuda_kernel<Record, T, true> : v4_kv_insert_record_cuda_kernel<Record, T, false>,
+        dim3(cuda::ceil_div<std::int64_t>(placing.tokens, kRowThreads / kRowLanes * rounds)), dim3(kRowThreads), launch,
+        a.kv.as<const T>(), a.kv.stride[0], cuda::packable({a.weight}), Steps<T>(a), Pages(a.cache), aligned, rounds);
   };
   switch (format) {
     case KvFormat::v4_fp8:
@@ -229,10 +264,10 @@ void v4_kv_insert_cuda(const V4KvInsertArgs& a, const Launch& launch) {
   cpu::visit_floating(a.kv.dtype, [&]<class T>() {
     if (const auto format = kv_format(a.cache)) return insert_records<T>(a, *format, launch);
     cpu::visit_floating(a.cache.dtype, [&]<class C>() {
-      cuda::launch("v4_kv_insert", v4_kv_insert_plain_cuda_kernel<T, C>,
-                   dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kThreads / cuda::kWarpSize)), dim3(kThreads), 0,
-                   launch, a.kv.as<const T>(), a.kv.stride[0], a.kv.size(1), Steps<T>(a),
-                   Placing("v4_kv_insert", a.slots, a.cache, launch), Pages(a.cache));
+      launch_placing("v4_kv_insert", Placing("v4_kv_insert", a.slots, a.cache, launch),
+                     v4_kv_insert_plain_cuda_kernel<T, C>,
+                     dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kThreads / cuda::kWarpSize)), dim3(kThreads),
+                     launch, a.kv.as<const T>(), a.kv.stride[0], a.kv.size(1), Steps<T>(a), Pages(a.cache));
     });
   });
 }
