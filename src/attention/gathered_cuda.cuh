@@ -118,8 +118,17 @@ struct GatheredAttention {
   void* key_probs;       ///< [requests, h_kv, listed]; needs own lists and one plain pool
   int pool_count;
   KeyPool pools[2];
+  cuda::Divider per_group{1}, per_list{1}, per_request{1},
+      per_unit{1};  ///< rows of a query, units of a list, lists of a request, rows of a unit
 
-  __host__ __device__ std::int64_t group() const { return h_q / h_kv; }
+  void set_dividers() {
+    const auto divider = [](std::int64_t n) { return cuda::Divider(static_cast<std::uint32_t>(n)); };
+    per_group = divider(h_q / h_kv), per_list = divider(h_kv), per_request = divider(own_lists ? s_q : 1);
+    per_unit = divider(rows());
+  }
+
+  /// Once the dividers are set.
+  __host__ __device__ std::int64_t group() const { return per_group.divisor(); }
   __host__ __device__ std::int64_t queries() const { return own_lists ? 1 : s_q; }
   __host__ __device__ std::int64_t rows() const { return queries() * group(); }
   __host__ __device__ std::int64_t units() const { return requests * (own_lists ? s_q : 1) * h_kv; }
@@ -142,6 +151,12 @@ struct Parts {
         stride(work.part_stride()),
         out(static_cast<A*>(launch.workspace)),
         states(count > 1 ? out + count * rows * stride : nullptr) {}
+
+  /// The first of a unit's tiles that a part has; the next part's first one is behind its last.
+  __device__ int first_tile(unsigned part, int tiles) const {
+    const unsigned each = static_cast<unsigned>(tiles) / count, more = static_cast<unsigned>(tiles) % count;
+    return static_cast<int>(part * each + min(part, more));
+  }
 };
 
 #ifdef __CUDACC__
@@ -152,14 +167,16 @@ struct Unit {
   int query, kv_head, group;
   int count, extra_count, first_tiles, tiles;  ///< keys and tiles of keys of the first pool, of the second, of both
   const std::int32_t *list, *extra_list;
+  cuda::Divider per_group{1};
   int seen_by_last;  ///< keys that the last query of the request sees; more than there are without a mask
 
-  __device__ Unit(const GatheredAttention& p, std::int64_t number, int last_row) : number(number) {
-    group = static_cast<int>(p.group());
-    const std::int64_t nth_list = number / p.h_kv, lists = p.own_lists ? p.s_q : 1;
-    kv_head = static_cast<int>(number - nth_list * p.h_kv);
-    request = nth_list / lists;
-    query = static_cast<int>(nth_list - request * lists);
+  __device__ Unit(const GatheredAttention& p, std::uint32_t number, int last_row)
+      : number(number), per_group(p.per_group) {
+    group = static_cast<int>(p.per_group.divisor());
+    const std::uint32_t nth_list = p.per_list.quotient(number), nth_request = p.per_request.quotient(nth_list);
+    kv_head = static_cast<int>(number - nth_list * p.per_list.divisor());
+    request = nth_request;
+    query = static_cast<int>(nth_list - nth_request * p.per_request.divisor());
     seen_by_last =
         p.causal ? (p.pools[0].lengths ? p.pools[0].lengths[request] : static_cast<int>(p.pools[0].listed)) : INT32_MAX;
     count = p.pools[0].count(request);
@@ -170,8 +187,10 @@ struct Unit {
     tiles = first_tiles + (extra_count + kTileKeys - 1) / kTileKeys;
   }
 
-  __device__ int query_of(int row) const { return query + row / group; }
-  __device__ int head_of(int row) const { return kv_head * group + row % group; }
+  __device__ int query_of(int row) const { return query + nth_query(row); }
+  __device__ int head_of(int row) const { return kv_head * group + row - nth_query(row) * group; }
+  /// The row's query among those of the unit.
+  __device__ int nth_query(int row) const { return static_cast<int>(per_group.quotient(row)); }
   /// Keys that a row sees: those before this one.
   __device__ int seen(const GatheredAttention& p, int row) const {
     if (!p.causal) return INT32_MAX;

@@ -208,10 +208,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   A sums[kChunksOfBlock][kColumnsOfLane] = {};
   SoftmaxState<A> state;
-  const auto tile_of_part = [&](unsigned part) {
-    return static_cast<int>(std::int64_t{unit.tiles} * part / parts.count);
-  };
-  for (int t = tile_of_part(blockIdx.y); t < tile_of_part(blockIdx.y + 1); ++t) {
+  const int begin = parts.first_tile(blockIdx.y, unit.tiles), end = parts.first_tile(blockIdx.y + 1, unit.tiles);
+  for (int t = begin; t < end; ++t) {
     A s[kKeysOfLane];
     rows.find_keys(t);
     rows.scores(t, s);

@@ -1,94 +1,86 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#include "src/attention/gathered_tile.cuh"
+#include "src/attention/gathered_columns.cuh"
 #include "src/cuda/ptx/mma.cuh"
 
-// The products of queries with keys and of weights with values, by all threads of a block; gathered_mma_cuda.cu says
-// who has what.
+// The products of queries with keys and of weights with values, each warp its own columns; gathered_mma_cuda.cu says
+// the rest.
 namespace dsm::attention {
 
 inline constexpr int kRowsOfTile = 16;
-inline constexpr int kFewColumns = 512;  // products are over so many columns, or over kMostColumns
-inline constexpr int kScoreStride = kTileKeys + 8, kWeightStride = kTileKeys + 8;  // against bank conflicts
-inline constexpr int kValuesOfWarp = kMostValues / kWarps;
-inline constexpr int kPairs = kValuesOfWarp / 16;  // of 8 columns
+inline constexpr int kWeightStride = kTileKeys + 8;    // against bank conflicts
+inline constexpr int kPairs = kValuesOfWarp / 16;      // of 8 columns
+inline constexpr int kMainSteps = kValuesOfWarp / 16;  // of the products over columns; one more for those at the end
 
+/// Of blocks with 16 · M query rows.
 template <int M>
 struct Layout {
   static constexpr int kRows = kRowsOfTile * M;
-  static constexpr int kStepGroups = kWarps / M;  // warps that share 16 rows
-  static constexpr int kSteps = (kMostColumns / 16 + kStepGroups - 1) / kStepGroups;
   static constexpr int kLanes = kThreads / kRows;  // threads of a row in the softmax
   static constexpr int kKeysOfLane = kTileKeys / kLanes;
-  static constexpr int kScoreBytes = kStepGroups * kRows * kScoreStride * 4;
-  __host__ __device__ static constexpr int weight_bytes(bool scaled) {
-    return (scaled ? kScaleGroups : 1) * 2 * kRows * kWeightStride * 2;
-  }
+  static constexpr int kTerms = M == 1 ? 2 : 1;  // 16-bit numbers whose sum is a weight
+  static constexpr int kScoreBytes = kWarps * kRows * kTileKeys * 4;
+  static constexpr int kWeightsOfGroup = kTerms * kRows * kWeightStride;
+  static constexpr int kQueryBytes = M == 1 ? 0 : kRows * (kWarps * kMainBytes + kTailWarps * kTailBytes);
 };
 
-/// Dynamic shared memory: two tiles, or one and the rows of two as they are; scores; weights; queries of many rows.
-struct Memory {
-  int row_stride;  ///< bytes between rows as they are; 0: they are T's and copied into tiles at once
+/// A warp's part of a score in shared memory: [kWarps, rows, kTileKeys], keys permuted in groups of 8, so that neither
+/// the products' fragments nor the softmax meet in a bank.
+__device__ __forceinline__ int score_at(int row, int key) {
+  return row * kTileKeys + (key ^ (row % 2 * 2 + row / 2 % 2) * 8);
+}
 
-  __host__ __device__ int scores_at() const {
-    return row_stride == 0 ? 2 * kTileBytes : kTileBytes + 2 * kTileKeys * row_stride;
-  }
-  template <int M>
-  __host__ __device__ int queries_at(bool scaled) const {
-    return scores_at() + Layout<M>::kScoreBytes + Layout<M>::weight_bytes(scaled);
-  }
-  template <int M>
-  std::size_t bytes(bool scaled) const {
-    return queries_at<M>(scaled) + (M > 1 ? Layout<M>::kRows * kKeyStride * 2 : 0);
-  }
-};
-
-/// A warp's part of the block's queries, its 16 rows and every kStepGroups-th step of 16 columns: in registers, or,
-/// where these are needed for the output of many rows, in shared memory, laid out as a tile of keys.
-template <class T, int M>
-class Queries {
+/// The warp's columns of the block's queries: in registers, or, where these are needed for the outputs of many rows, in
+/// shared memory, laid out as keys are. With kTurned, columns are in the order of KeyPieces: step i has of each lane's
+/// 16 columns those from 4 · i on.
+template <class T, int M, bool kTurned>
+class QueryColumns {
  public:
-  using L = Layout<M>;
   static constexpr bool kShared = M > 1;
 
-  __device__ void load(const GatheredAttention& p, const Unit& unit, int first_row, std::uint8_t* shared) {
+  __device__ QueryColumns(const GatheredAttention& p, const Unit& unit, int first_row, std::uint8_t* shared) {
     const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
-    const int row = warp / L::kStepGroups * kRowsOfTile + lane / 4;
+    std::uint8_t* const main = shared + warp * Layout<M>::kRows * kMainBytes;
+    std::uint8_t* const tail = shared + Layout<M>::kRows * (kWarps * kMainBytes + warp % kTailWarps * kTailBytes);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = first_row + row + 8 * half;
-      const bool inside = r < p.rows();
-      const std::int64_t at = inside ? p.q_strides.at(unit.request, unit.query_of(r), unit.head_of(r)) : 0;
+    for (int half = 0; half < 2 * M; ++half) {
+      const int row = half * 8 + lane / 4, of_unit = first_row + row;
+      const bool inside = of_unit < p.rows();
+      const T* const q = static_cast<const T*>(p.q) +
+                         (inside ? p.q_strides.at(unit.request, unit.query_of(of_unit), unit.head_of(of_unit)) : 0);
 #pragma unroll
-      for (int i = 0; i < L::kSteps; ++i) {
+      for (int i = 0; i <= kMainSteps; ++i) {
+        const bool at_end = i == kMainSteps;
+        if (kShared && at_end && warp >= kTailWarps) continue;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int column = (i * L::kStepGroups + warp % L::kStepGroups) * 16 + k * 8 + lane % 4 * 2;
+          const int nth = kTurned && !at_end ? lane % 4 * 16 + i * 4 + k * 2 : i * 16 + k * 8 + lane % 4 * 2;
+          const int column =
+              at_end ? kMostValues + warp * kTailOfWarp + nth - kValuesOfWarp : warp * kValuesOfWarp + nth;
+          const bool own = !at_end || warp < kTailWarps;
           const std::uint32_t pair =
-              inside && column < p.d_qk
-                  ? *reinterpret_cast<const std::uint32_t*>(static_cast<const T*>(p.q) + at + column)
-                  : 0u;
+              inside && own && column < p.d_qk ? *reinterpret_cast<const std::uint32_t*>(q + column) : 0u;
           if constexpr (kShared)
-            *reinterpret_cast<std::uint32_t*>(shared + ((row + 8 * half) * kKeyStride + column) * 2) = pair;
+            *reinterpret_cast<std::uint32_t*>((at_end ? tail + tail_at(row, k) : main + main_at(row, i * 2 + k)) +
+                                              lane % 4 * 4) = pair;
           else
             a_[i][k * 2 + half] = pair;
         }
       }
     }
-    if constexpr (kShared)
-      at_ = cuda::shared_address(shared) + ((warp / L::kStepGroups * kRowsOfTile + lane % 16) * kKeyStride +
-                                            warp % L::kStepGroups * 16 + lane / 16 * 8) *
-                                               2;
+    if constexpr (kShared) {
+      __syncwarp();
+      main_ = cuda::shared_address(main) + main_at(lane % 16, lane / 16);
+      tail_ = cuda::shared_address(tail) + tail_at(lane % 16, lane / 16);
+    }
   }
 
-  /// The operand of the warp's i-th step.
-  __device__ void step(int i, std::uint32_t (&a)[4]) const {
+  /// The operand of the i-th step and the m-th 16 rows.
+  __device__ void load(std::uint32_t (&a)[4], int i, int m) const {
     if constexpr (kShared) {
-      cuda::load_matrices(a, at_ + i * L::kStepGroups * 16 * 2);
+      cuda::load_matrices(
+          a, i == kMainSteps ? tail_ + m * kRowsOfTile * kTailBytes : (main_ ^ i * 32) + m * kRowsOfTile * kMainBytes);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[j] = a_[i][j];
@@ -96,65 +88,79 @@ class Queries {
   }
 
  private:
-  std::uint32_t a_[kShared ? 1 : L::kSteps][4];
-  std::uint32_t at_;
+  std::uint32_t a_[kShared ? 1 : kMainSteps + 1][4];
+  std::uint32_t main_, tail_;
 };
 
-/// Products of the warp's queries with the keys of a tile, over its steps alone, to its place among the scores.
-template <class T, int M, bool kScaled>
-__device__ __forceinline__ void multiply_keys(const Queries<T, M>& queries, const T* tile, const float* scales,
-                                              int d_qk, float* scores) {
-  using L = Layout<M>;
-  constexpr int kTiles = kTileKeys / 8;
-  const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
-  const std::uint32_t from =
-      cuda::shared_address(tile) +
-      ((lane / 16 * 8 + lane % 8) * kKeyStride + warp % L::kStepGroups * 16 + lane / 8 % 2 * 8) * 2;
-  float* to = scores +
-              (warp % L::kStepGroups * L::kRows + warp / L::kStepGroups * kRowsOfTile + lane / 4) * kScoreStride +
-              lane % 4 * 2;
-  const bool many_columns =
-      d_qk > kFewColumns && ((L::kSteps - 1) * L::kStepGroups + warp % L::kStepGroups) * 16 < kMostColumns;
-  constexpr int kAtOnce = kScaled && M == 1 ? kTiles / 2 : kTiles;  // registers are scarce
+/// The warp's part of the scores of a tile: products over its columns alone.
+template <class T, int M>
+struct Scores {
+  static constexpr int kTiles = kTileKeys / 8;
+  float s[M][kTiles][4] = {};
+
+  /// Adds those of the columns of step i, from a tile in shared memory.
+  template <bool kTurned>
+  __device__ void add(const QueryColumns<T, M, kTurned>& queries, int i, const std::uint8_t* tile) {
+    const int lane = threadIdx.x % cuda::kWarpSize, key = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+    const bool at_end = i == kMainSteps;
+    const std::uint32_t from = cuda::shared_address(tile) + (at_end ? tail_at(key, half) : main_at(key, half) ^ i * 32);
+    std::uint32_t b[kTiles / 2][4];
 #pragma unroll
-  for (int first = 0; first < kTiles; first += kAtOnce) {
-    float s[kAtOnce][4] = {}, total[kAtOnce][4] = {};
+    for (int n = 0; n < kTiles / 2; ++n) cuda::load_matrices(b[n], from + n * 16 * (at_end ? kTailBytes : kMainBytes));
 #pragma unroll
-    for (int i = 0; i < L::kSteps; ++i) {
-      // The tile has zeros where keys of fewer columns have none.
-      if (i * L::kStepGroups * 16 < kFewColumns || many_columns) {
-        std::uint32_t a[4];
-        queries.step(i, a);
+    for (int m = 0; m < M; ++m) {
+      std::uint32_t a[4];
+      queries.load(a, i, m);
 #pragma unroll
-        for (int n = 0; n < kAtOnce; n += 2) {
-          std::uint32_t b[4];
-          cuda::load_matrices(b, from + ((first + n) * 8 * kKeyStride + i * L::kStepGroups * 16) * 2);
-          cuda::mma_m16n8k16<T>(s[n], a, b[0], b[1]);
-          cuda::mma_m16n8k16<T>(s[n + 1], a, b[2], b[3]);
-        }
-      }
-      constexpr int kStepsOfGroup = kScaleGroup / 16 / L::kStepGroups;
-      if (kScaled && i % kStepsOfGroup == kStepsOfGroup - 1 && i / kStepsOfGroup < kScaleGroups) {
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-          const float2 scale =
-              *reinterpret_cast<const float2*>(scales + i / kStepsOfGroup * kTileKeys + (first + n) * 8 + lane % 4 * 2);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) total[n][e] += s[n][e] * (e % 2 ? scale.y : scale.x), s[n][e] = 0;
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-#pragma unroll
-      for (int e = 0; kScaled && e < 4; ++e) s[n][e] += total[n][e];
-      *reinterpret_cast<float2*>(to + (first + n) * 8) = {s[n][0], s[n][1]};
-      *reinterpret_cast<float2*>(to + 8 * kScoreStride + (first + n) * 8) = {s[n][2], s[n][3]};
+      for (int n = 0; n < kTiles; ++n) cuda::mma_m16n8k16<T>(s[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
     }
   }
-}
 
-/// A warp's part of the output: all rows of the block, 64 columns.
+  /// Adds those of a group of 8 keys over all columns but the last.
+  __device__ void add(const QueryColumns<T, M, true>& queries, int group, const KeyPieces<T>& keys) {
+    const std::uint32_t b[8] = {keys.at[0].x, keys.at[0].y, keys.at[0].z, keys.at[0].w,
+                                keys.at[1].x, keys.at[1].y, keys.at[1].z, keys.at[1].w};
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < kMainSteps; ++i) {
+        std::uint32_t a[4];
+        queries.load(a, i, m);
+        cuda::mma_m16n8k16<T>(s[m][group], a, b[2 * i], b[2 * i + 1]);
+      }
+    }
+  }
+
+  /// Multiplies by numbers of the keys.
+  __device__ void scale(const std::uint32_t* scales) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const float2 by = reinterpret_cast<const float2*>(scales)[n * 4 + threadIdx.x % 4];
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        float (&of_8)[4] = s[m][n];
+        of_8[0] *= by.x, of_8[1] *= by.y, of_8[2] *= by.x, of_8[3] *= by.y;
+      }
+    }
+  }
+
+  __device__ void store(float* scores) const {
+    const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
+    float* const to = scores + warp * Layout<M>::kRows * kTileKeys;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int at = score_at(lane / 4, n * 8 + lane % 4 * 2);
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        float* const of_rows = to + at + m * kRowsOfTile * kTileKeys;
+        *reinterpret_cast<float2*>(of_rows) = {s[m][n][0], s[m][n][1]};
+        *reinterpret_cast<float2*>(of_rows + 8 * kTileKeys) = {s[m][n][2], s[m][n][3]};
+      }
+    }
+  }
+};
+
+/// A warp's part of the output: all rows of the block, its 64 columns.
 template <class T, int M>
 struct Outputs {
   using L = Layout<M>;
@@ -175,48 +181,41 @@ struct Outputs {
 
   /// Adds the weighted values of a tile; with kSome, to the rows [begin, end) only.
   template <bool kSome>
-  __device__ void add(const T* weights, const T* tile, int d_v, int begin = 0, int end = 0) {
-    constexpr int kHalves = M == 1 ? 2 : 1;  // of the weights, held at once
-    if (first_column() >= d_v) return;
+  __device__ void add(const T* weights, const std::uint8_t* tile, int begin = 0, int end = 0) {
+    constexpr int kTerms = L::kTerms;
     const int lane = (kSome ? thread_again() : static_cast<int>(threadIdx.x)) % cuda::kWarpSize;
-    const std::uint32_t weights_at =
-        cuda::shared_address(weights) + ((lane / 8 % 2 * 8 + lane % 8) * kWeightStride + lane / 16 * 8) * 2;
-    const std::uint32_t values_at =
-        cuda::shared_address(tile) + ((lane / 8 % 2 * 8 + lane % 8) * kKeyStride + first_column() + lane / 16 * 8) * 2;
+    const int key = lane / 8 % 2 * 8 + lane % 8, next = lane / 16;
+    const std::uint32_t weights_at = cuda::shared_address(weights) + (key * kWeightStride + next * 8) * 2;
+    const std::uint32_t values_at = cuda::shared_address(tile) + main_at(key, next);
 #pragma unroll(kSome ? 1 : kTileKeys / 16)
     for (int k = 0; k < kTileKeys; k += 16) {
-#pragma unroll(kSome ? 1 : 2 / kHalves)
-      for (int first = 0; first < 2; first += kHalves) {
-        std::uint32_t a[kHalves][M][4];
+      std::uint32_t a[kTerms][M][4];
 #pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
+      for (int term = 0; term < kTerms; ++term) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+          cuda::load_matrices(a[term][m], weights_at + ((term * L::kRows + m * kRowsOfTile) * kWeightStride + k) * 2);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        std::uint32_t b[4];
+        cuda::load_matrices_transposed(b, (values_at ^ pair * 32) + k * kMainBytes);
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
           for (int m = 0; m < M; ++m) {
-            cuda::load_matrices(a[h][m],
-                                weights_at + (((first + h) * L::kRows + m * kRowsOfTile) * kWeightStride + k) * 2);
-          }
-        }
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          std::uint32_t b[4];
-          cuda::load_matrices_transposed(b, values_at + (k * kKeyStride + pair * 16) * 2);
-#pragma unroll
-          for (int h = 0; h < kHalves; ++h) {
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-              for (int n = 0; n < 2; ++n) {
-                auto& of_8 = d[m][2 * pair + n];
-                if (!kSome) {
-                  cuda::mma_m16n8k16<T>(of_8, a[h][m], b[2 * n], b[2 * n + 1]);
-                  continue;
-                }
-                float sum[4] = {of_8[0], of_8[1], of_8[2], of_8[3]};
-                cuda::mma_m16n8k16<T>(sum, a[h][m], b[2 * n], b[2 * n + 1]);
-                const int row = m * kRowsOfTile + lane / 4;
-                if (row >= begin && row < end) of_8[0] = sum[0], of_8[1] = sum[1];
-                if (row + 8 >= begin && row + 8 < end) of_8[2] = sum[2], of_8[3] = sum[3];
+            for (int n = 0; n < 2; ++n) {
+              auto& of_8 = d[m][2 * pair + n];
+              if (!kSome) {
+                cuda::mma_m16n8k16<T>(of_8, a[term][m], b[2 * n], b[2 * n + 1]);
+                continue;
               }
+              float sum[4] = {of_8[0], of_8[1], of_8[2], of_8[3]};
+              cuda::mma_m16n8k16<T>(sum, a[term][m], b[2 * n], b[2 * n + 1]);
+              const int row = m * kRowsOfTile + lane / 4;
+              if (row >= begin && row < end) of_8[0] = sum[0], of_8[1] = sum[1];
+              if (row + 8 >= begin && row + 8 < end) of_8[2] = sum[2], of_8[3] = sum[3];
             }
           }
         }

@@ -18,27 +18,36 @@ inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 template <class T>
 inline constexpr float kWeightUnit = std::is_same_v<T, float16> ? 0x1p7f : 1.f;
 
-/// The thread's scores, times `scale`: keys from threadIdx.x % kLanes · kKeysOfLane on of row threadIdx.x / kLanes of
-/// the block. −inf where there is no key (bit i of `valid` says whether key i exists) or from `seen` on.
+/// A thread's keys are in runs of neighbours: run r of the lane-th thread of a row begins with first_key(lane, r).
+template <int M>
+struct Keys {
+  using L = Layout<M>;
+  static constexpr int kRun = L::kKeysOfLane < 4 ? L::kKeysOfLane : 4, kRuns = L::kKeysOfLane / kRun;
+
+  static __device__ int first_key(int run) { return run * (L::kLanes * kRun) + threadIdx.x % L::kLanes * kRun; }
+};
+
+/// The thread's scores, times `scale`, of row threadIdx.x / kLanes of the block. −inf where there is no key (bit i of
+/// `valid` says whether key i exists) or from `seen` on.
 template <int M>
 __device__ __forceinline__ void read_scores(const float* scores, std::uint32_t valid, int seen, float scale,
                                             float (&s)[Layout<M>::kKeysOfLane]) {
   using L = Layout<M>;
-  constexpr int kKeys = L::kKeysOfLane;
-  const int row = threadIdx.x / L::kLanes, first = threadIdx.x % L::kLanes * kKeys;
-  std::uint32_t mask = valid >> first;
-  if (seen - first < kKeys) mask &= (1u << max(seen - first, 0)) - 1;
+  constexpr int kRun = Keys<M>::kRun;
+  const int row = threadIdx.x / L::kLanes;
+  if (seen < kTileKeys) valid &= (1u << max(seen, 0)) - 1;
 #pragma unroll
-  for (int j = 0; j < kKeys; j += 2) {
-    float2 sum{};
+  for (int run = 0; run < Keys<M>::kRuns; ++run) {
+    const int first = Keys<M>::first_key(run);
+    cuda::Pack<float, kRun> sum{};
 #pragma unroll
-    for (int group = 0; group < L::kStepGroups; ++group) {
-      const float2 part =
-          *reinterpret_cast<const float2*>(scores + (group * L::kRows + row) * kScoreStride + first + j);
-      sum.x += part.x, sum.y += part.y;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const auto part = cuda::load_pack<kRun>(scores + warp * L::kRows * kTileKeys + score_at(row, first));
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) sum.at[j] += part.at[j];
     }
-    s[j] = mask >> j & 1 ? sum.x * scale : -INFINITY;
-    s[j + 1] = mask >> (j + 1) & 1 ? sum.y * scale : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) s[run * kRun + j] = valid >> (first + j) & 1 ? sum.at[j] * scale : -INFINITY;
   }
 }
 
@@ -63,8 +72,8 @@ template <class T, int M, bool kScaled>
 __device__ __forceinline__ float weigh(const float (&s)[Layout<M>::kKeysOfLane], const float* scales, RowState& state,
                                        T* weights) {
   using L = Layout<M>;
-  constexpr int kKeys = L::kKeysOfLane;
-  const int row = threadIdx.x / L::kLanes, first = threadIdx.x % L::kLanes * kKeys;
+  constexpr int kKeys = L::kKeysOfLane, kRun = Keys<M>::kRun;
+  const int row = threadIdx.x / L::kLanes;
   float most = s[0];
 #pragma unroll
   for (const float score : s) most = fmaxf(most, score);
@@ -87,21 +96,29 @@ __device__ __forceinline__ float weigh(const float (&s)[Layout<M>::kKeysOfLane],
   state.sum = state.sum * rescale + sum;
 #pragma unroll
   for (int group = 0; group < (kScaled ? kScaleGroups : 1); ++group) {
-    cuda::Pack<std::uint32_t, kKeys / 2> high, low;
 #pragma unroll
-    for (int j = 0; j < kKeys; j += 2) {
-      float x = p[j] * kWeightUnit<T>, y = p[j + 1] * kWeightUnit<T>;
-      if constexpr (kScaled) {
-        const float2 scale = *reinterpret_cast<const float2*>(scales + group * kTileKeys + first + j);
-        x *= scale.x, y *= scale.y;
+    for (int run = 0; run < Keys<M>::kRuns; ++run) {
+      const int first = Keys<M>::first_key(run);
+      cuda::Pack<std::uint32_t, kRun / 2> terms[L::kTerms];
+#pragma unroll
+      for (int j = 0; j < kRun; j += 2) {
+        float x = p[run * kRun + j] * kWeightUnit<T>, y = p[run * kRun + j + 1] * kWeightUnit<T>;
+        if constexpr (kScaled) {
+          const float2 scale = *reinterpret_cast<const float2*>(scales + group * kTileKeys + first + j);
+          x *= scale.x, y *= scale.y;
+        }
+#pragma unroll
+        for (auto& term : terms) {
+          term.at[j / 2] = cuda::rounded_pair<T>(x, y);
+          const float2 rounded = widened_pair<T>(term.at[j / 2]);
+          x -= rounded.x, y -= rounded.y;
+        }
       }
-      high.at[j / 2] = cuda::rounded_pair<T>(x, y);
-      const float2 of_high = widened_pair<T>(high.at[j / 2]);
-      low.at[j / 2] = cuda::rounded_pair<T>(x - of_high.x, y - of_high.y);
+      T* const to = weights + group * L::kWeightsOfGroup + row * kWeightStride + first;
+#pragma unroll
+      for (int term = 0; term < L::kTerms; ++term)
+        cuda::store_pack(reinterpret_cast<std::uint32_t*>(to + term * L::kRows * kWeightStride), terms[term]);
     }
-    T* const to = weights + (group * 2 * L::kRows + row) * kWeightStride + first;
-    cuda::store_pack(reinterpret_cast<std::uint32_t*>(to), high);
-    cuda::store_pack(reinterpret_cast<std::uint32_t*>(to + L::kRows * kWeightStride), low);
   }
   return rescale;
 }

@@ -288,6 +288,7 @@ CASES = (
         inputs=_plain_inputs(torch.bfloat16),
         run=sparse_mla_decode,
         formula=_sparse,
+        rounds_probabilities=True,
     ),
     Case(
         operator="sparse_mla_decode",

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CUDA = torch.device("cuda", 0)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 INF = math.inf
+# The portable kernel rounds the probabilities of many heads, too, but nothing of the scores.
+HALF = (torch.float16, torch.bfloat16)
 
 
 def int32(values: Any) -> Tensor:
@@ -56,7 +58,8 @@ def compare(operator: Any, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
             torch.ops.dsm.force_implementation(choices[-1].operator, "")
     for implementation, results in runs.items():
         for name, result, truth in zip(("first", "second", "third", "fourth"), results, truths, strict=False):
-            assert_close(f"{name} of {implementation}", result.cpu(), truth, rounded_terms=implementation == "sm90")
+            rounded = implementation == "sm90" or result.dtype in HALF
+            assert_close(f"{name} of {implementation}", result.cpu(), truth, rounded_terms=rounded)
     return tuple(result.cpu() for result in on_gpu)
 
 
@@ -218,7 +221,7 @@ def test_decode(
         on_gpu = dsm.ops.mla_decode(*map(moved, arguments), causal=causal, k_scale=moved(scale))
         truth = dsm.ops.mla_decode(q.to(wide).double(), values, *arguments[2:], causal=causal)
         for result, expected in zip(on_gpu, truth, strict=True):
-            assert_close("k_scale", result.cpu(), expected)
+            assert_close("k_scale", result.cpu(), expected, rounded_terms=result.dtype in HALF)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)

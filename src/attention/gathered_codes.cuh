@@ -1,0 +1,114 @@
+// Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "src/cuda/copy/codes.cuh"
+#include "src/cuda/copy/element.cuh"
+#include "src/numerics/e8m0.h"
+
+// Codes of caches as 16-bit elements, eight at a time. Exact: bfloat16 and float16 hold every E4M3 and E2M1 number, and
+// bfloat16 their products with scales of few bits.
+namespace dsm::attention {
+
+/// 8 numbers as T's.
+template <class T>
+__device__ __forceinline__ uint4 chunk_of(const float (&x)[8]) {
+  cuda::Pack<T, 8> pack;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) pack.at[i] = cuda::narrowed<T>(x[i]);
+  return __builtin_bit_cast(uint4, pack);
+}
+/// As above, of 8 E4M3 codes.
+template <class T>
+__device__ __forceinline__ uint4 e4m3_chunk(uint2 codes) {
+  const std::uint32_t words[2] = {codes.x, codes.y};
+  std::uint32_t pairs[4];
+#if __CUDA_ARCH__ >= 890
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+        : "=r"(pairs[2 * i]), "=r"(pairs[2 * i + 1])
+        : "r"(words[i]));
+  if constexpr (std::is_same_v<T, bfloat16>) {
+#pragma unroll
+    for (std::uint32_t& pair : pairs) {
+      const __nv_bfloat162 both = __float22bfloat162_rn(__half22float2(reinterpret_cast<const __half2&>(pair)));
+      pair = reinterpret_cast<const std::uint32_t&>(both);
+    }
+  }
+#else
+  const auto nan = [](std::uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; };
+  if (nan(words[0]) | nan(words[1])) {
+    float x[8];
+    cuda::widen_e4m3(__builtin_bit_cast(cuda::Bytes<8>, codes), x);
+    return chunk_of<T>(x);
+  }
+  // The bits are those of a T whose exponent is too small, subnormal where E4M3 is.
+  constexpr int kShift = std::is_same_v<T, bfloat16> ? 4 : 1;
+  const auto scaled = [](std::uint32_t bits) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      const __nv_bfloat162 pair =
+          __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), __float2bfloat162_rn(0x1p120f));
+      return reinterpret_cast<const std::uint32_t&>(pair);
+    } else {
+      const __half2 pair = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(0x1p8f));
+      return reinterpret_cast<const std::uint32_t&>(pair);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t odd = words[i], even = words[i] << 8;
+    const std::uint32_t of_odd = scaled((odd & 0x80008000) | (odd & 0x7f007f00) >> kShift);
+    const std::uint32_t of_even = scaled((even & 0x80008000) | (even & 0x7f007f00) >> kShift);
+    pairs[2 * i] = __byte_perm(of_even, of_odd, 0x5410), pairs[2 * i + 1] = __byte_perm(of_even, of_odd, 0x7632);
+  }
+#endif
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+/// 8 bfloat16 times a scale that is one, too; exact for scales of so few bits.
+__device__ __forceinline__ uint4 scaled_chunk(uint4 chunk, __nv_bfloat162 by) {
+  std::uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (std::uint32_t& word : words) {
+    const __nv_bfloat162 product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(word), by);
+    word = reinterpret_cast<const std::uint32_t&>(product);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+/// 8 E2M1 codes as bfloat16: their bytes by table, the signs put in.
+__device__ __forceinline__ uint4 e2m1_chunk(std::uint32_t codes) {
+  constexpr std::uint32_t kHigh[2] = {0x3f3f3f00, 0x40404040}, kLow[2] = {0xc0800000, 0xc0804000};
+  const std::uint32_t magnitudes = codes & 0x77777777, signs = codes >> 3 & 0x11111111;
+  std::uint32_t pairs[4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const std::uint32_t select = magnitudes >> 16 * half;
+    const std::uint32_t high = __byte_perm(kHigh[0], kHigh[1], select) | __byte_perm(0x8000, 0, signs >> 16 * half);
+    const std::uint32_t low = __byte_perm(kLow[0], kLow[1], select);
+    pairs[2 * half] = __byte_perm(low, high, 0x5140), pairs[2 * half + 1] = __byte_perm(low, high, 0x7362);
+  }
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+/// A scale, E8M0 or E4M3, as two bfloat16.
+template <class Scale>
+__device__ __forceinline__ __nv_bfloat162 scale_pair(const std::uint8_t* scale) {
+  if constexpr (std::is_same_v<Scale, float8_e8m0fnu>) {
+    const std::uint32_t code = *scale;  // the exponent, but 2^-127 is subnormal and the last one NaN
+    const std::uint32_t bits = code << 7 | (((code + 1) & 255) < 2 ? 0x40 : 0), both = bits << 16 | bits;
+    return reinterpret_cast<const __nv_bfloat162&>(both);
+  } else {
+    float both[2];
+    cuda::widen_e4m3(cuda::Bytes<2>{{*scale, 0}}, both);
+    return __float2bfloat162_rn(both[0]);
+  }
+}
+
+}  // namespace dsm::attention
