@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> flash_attn(const Tensor& q, const Tensor& k, const Te
                            .causal = causal,
                            .out = view(out),
                            .lse = view(lse)};
-  Call call(q, flash_attn_workspace(args));
+  Call call(q, flash_attn_workspace, args);
   dsm::flash_attn(args, call.launch());
   return {out, lse};
 }
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attn_backward(const Tensor& dout, const
                                    .dq = view(dq),
                                    .dk = view(dk),
                                    .dv = view(dv)};
-  Call call(q, flash_attn_backward_workspace(args));
+  Call call(q, flash_attn_backward_workspace, args);
   dsm::flash_attn_backward(args, call.launch());
   return {dq, dk, dv};
 }
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_dmla(const Tensor& q, const Tensor& k, 
                            .out = project_output ? view(out) : TensorView(),
                            .latent = view(latent),
                            .lse = view(lse)};
-  Call call(q, flash_dmla_workspace(args));
+  Call call(q, flash_dmla_workspace, args);
   dsm::flash_dmla(args, call.launch());
   return {out, latent, lse};
 }
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_dmla_backward(
                                    .dv = view(dv),
                                    .dwk = wk ? view(dwk) : TensorView(),
                                    .dwv = wv ? view(dwv) : TensorView()};
-  Call call(q, flash_dmla_backward_workspace(args));
+  Call call(q, flash_dmla_backward_workspace, args);
   dsm::flash_dmla_backward(args, call.launch());
   return {dq, dk, dv, dwk, dwv};
 }

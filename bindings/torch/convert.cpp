@@ -108,17 +108,19 @@ ScalarType accumulator_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Call::Call(const Tensor& on, std::size_t workspace_bytes) {
+Call::Call(const Tensor& on) {
   if (on.is_cuda()) {
     const std::int32_t index = on.get_device_index();
     device_guard_.emplace(index);
     launch_.stream = current_stream(index);
   }
-  if (workspace_bytes > 0) {
-    workspace_ = empty(on, {static_cast<std::int64_t>(workspace_bytes)}, ScalarType::Byte);
-    launch_.workspace = workspace_->data_ptr();
-    launch_.workspace_bytes = workspace_bytes;
-  }
+}
+
+void Call::allocate(const Tensor& on, std::size_t bytes) {
+  if (bytes == 0) return;
+  workspace_ = empty(on, {static_cast<std::int64_t>(bytes)}, ScalarType::Byte);
+  launch_.workspace = workspace_->data_ptr();
+  launch_.workspace_bytes = bytes;
 }
 
 }  // namespace dsm::binding

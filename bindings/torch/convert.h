@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -45,13 +46,22 @@ ScalarType accumulator_dtype(const Tensor& tensor);
 /// stream, and takes the workspace from torch's allocator, so that a CUDA graph owns it.
 class Call {
  public:
-  explicit Call(const Tensor& on, std::size_t workspace_bytes = 0);
+  explicit Call(const Tensor& on);
+
+  /// With the workspace of the operator's <op>_workspace, which asks the device that is current by then.
+  template <class Args>
+  Call(const Tensor& on, std::size_t (*workspace)(const Args&), const Args& args) : Call(on) {
+    allocate(on, workspace(args));
+  }
+
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
   const Launch& launch() const { return launch_; }
 
  private:
+  void allocate(const Tensor& on, std::size_t bytes);
+
   Launch launch_;
   std::optional<Tensor> workspace_;
   std::optional<torch::stable::accelerator::DeviceGuard> device_guard_;

@@ -25,7 +25,7 @@ void mla_kv_insert(const Tensor& latent, const Tensor& k_pe, const Tensor& cache
                              .slots = view(slots),
                              .scales = scales_named(scale_format),
                              .cache = view(cache)};
-  Call call(latent, mla_kv_insert_workspace(args));
+  Call call(latent, mla_kv_insert_workspace, args);
   dsm::mla_kv_insert(args, call.launch());
 }
 
@@ -38,13 +38,13 @@ void v4_kv_insert(const Tensor& kv, const Tensor& cache, const Tensor& slots, co
                             .inv_freq = view(inv_freq),
                             .slots = view(slots),
                             .cache = view(cache)};
-  Call call(kv, v4_kv_insert_workspace(args));
+  Call call(kv, v4_kv_insert_workspace, args);
   dsm::v4_kv_insert(args, call.launch());
 }
 
 void indexer_k_insert(const Tensor& k, const Tensor& cache, const Tensor& slots) {
   const IndexerKInsertArgs args{.k = view(k), .slots = view(slots), .cache = view(cache)};
-  Call call(k, indexer_k_insert_workspace(args));
+  Call call(k, indexer_k_insert_workspace, args);
   dsm::indexer_k_insert(args, call.launch());
 }
 

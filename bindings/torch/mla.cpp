@@ -37,7 +37,7 @@ Tensor mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& bloc
                            .causal = causal,
                            .out = view(out),
                            .lse = view(lse)};
-  Call call(q, mla_decode_workspace(args));
+  Call call(q, mla_decode_workspace, args);
   dsm::mla_decode(args, call.launch());
   return lse;
 }
@@ -67,7 +67,7 @@ Tensor sparse_mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tenso
                                  .softmax_scale = softmax_scale,
                                  .out = view(out),
                                  .lse = view(lse)};
-  Call call(q, sparse_mla_decode_workspace(args));
+  Call call(q, sparse_mla_decode_workspace, args);
   dsm::sparse_mla_decode(args, call.launch());
   return lse;
 }

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> moe_gate(const Tensor& logits, std::int64_t topk, con
                          .capacity_rows = capacity_rows,
                          .weights = view(weights),
                          .indices = view(indices)};
-  Call call(logits, moe_gate_workspace(args));
+  Call call(logits, moe_gate_workspace, args);
   dsm::moe_gate(args, call.launch());
   return {weights, indices};
 }

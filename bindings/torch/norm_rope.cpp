@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
                                  .rstd = view(rstd),
                                  .dx = view(dx),
                                  .dweight = weight ? view(dweight) : TensorView()};
-  Call call(x, rms_norm_backward_workspace(args));
+  Call call(x, rms_norm_backward_workspace, args);
   dsm::rms_norm_backward(args, call.launch());
   return {dx, dweight};
 }

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_mla_prefill_out(const Tensor& q, const
                                   .max_logits = view(max_logits),
                                   .lse = view(lse),
                                   .key_probs = return_key_probs ? view(key_probs) : TensorView()};
-  Call call(q, sparse_mla_prefill_workspace(args));
+  Call call(q, sparse_mla_prefill_workspace, args);
   dsm::sparse_mla_prefill(args, call.launch());
   return {max_logits, lse, key_probs};
 }

@@ -9,7 +9,8 @@ namespace dsm {
 ///
 /// An operator never allocates device memory and never synchronises: `workspace` must hold at least
 /// `<op>_workspace(args)` bytes (256-byte aligned, contents arbitrary) and stay alive until the work on
-/// `stream` is done. CPU calls ignore the stream and return when the result is there.
+/// `stream` is done. The GPU of the tensors must be CUDA's current device in both calls. CPU calls ignore the stream
+/// and return when the result is there.
 struct Launch {
   void* stream = nullptr;  ///< cudaStream_t; null is the default stream
   void* workspace = nullptr;
