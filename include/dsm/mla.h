@@ -11,8 +11,9 @@ namespace dsm {
 
 // Multi-head latent attention over a paged cache: one row per token serves as key, and its first d_v elements as value.
 // lse is the natural logarithm, float32 (float64 for float64 tensors), +inf for a query without keys, whose output is
-// 0. Arithmetic is in lse's dtype, and each result is rounded once. Hopper's tensor cores take 16-bit operands: there
-// the probabilities and the values of quantised rows are rounded to q's dtype.
+// 0. A score of −inf is no key; one of +inf, or NaN, makes its query's output and lse NaN. Arithmetic is in lse's
+// dtype, and each result is rounded once. Hopper's tensor cores take 16-bit operands: there the probabilities and the
+// values of quantised rows are rounded to q's dtype.
 
 /// Attention of new tokens over a paged cache, with grouped query heads:
 ///

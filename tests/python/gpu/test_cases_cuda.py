@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from calls import forced
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
@@ -87,11 +88,11 @@ SIZES: dict[str, list[dict[str, int]]] = {
     ],
 }  # fmt: skip
 
-ON_CUDA = {
-    entry["name"]
+CUDA_ROWS = {
+    entry["name"]: [row["name"] for row in entry["implementations"] if row["built"] and row["name"] != "cpu"]
     for entry in _library.operators()
-    if any(row["built"] and row["name"] == "cuda" for row in entry["implementations"])
 }
+ON_CUDA = {operator for operator, rows in CUDA_ROWS.items() if "cuda" in rows}
 GPU_CASES = [case for case in CASES if ON_CUDA.issuperset(case.operators)]
 
 
@@ -153,6 +154,25 @@ def test_matches_float64(case: Case, sizes: dict[str, int], dtype: torch.dtype) 
     for way, error in errors.items():
         print(f"{case.operator} {way}: {error.ratio:.3f} of the allowed error")
         assert error.ratio <= 1, f"{way}: {error.ratio:.3g} times the allowed error"
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("case", "sizes", "dtype"), every([case for case in GPU_CASES if len(CUDA_ROWS[case.operator]) > 1], extra=True)
+)
+def test_every_row_that_takes_it_matches_float64(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    trial = Trial(case, dtype, CUDA, sizes)
+    truth = trial.truth()
+    for row in CUDA_ROWS[case.operator]:
+        with forced(case.operator, row):
+            try:
+                error = trial.forward_deviation(truth)
+            except ValueError as refusal:
+                if "another implementation is forced" not in str(refusal):
+                    raise
+                continue
+        print(f"{case.operator} {row}: {error.ratio:.3f} of the allowed error")
+        assert error.ratio <= 1, f"{row}: {error.ratio:.3g} times the allowed error"
 
 
 @pytest.mark.usefixtures("poisoned_memory")
