@@ -250,3 +250,12 @@ def test_compile_fullgraph(case: Case) -> None:
     outputs = compiled(Trial(case, torch.float32, CUDA).inputs)
     expected = Trial(case, torch.float32, CUDA).forward()
     assert same_bits(expected, tuple(o.detach() for o in (outputs if isinstance(outputs, tuple) else (outputs,))))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not CUDA_ROWS[case.operator]], ids=lambda case: f"{case.operator}-{case.label}"
+)
+def test_an_operator_without_a_row_says_so(case: Case) -> None:
+    with pytest.raises(ValueError, match="cpu: takes CPU tensors") as error:
+        Trial(case, case.dtypes[0], CUDA).forward()
+    assert not CUDA_ROWS[str(error.value).split(":")[0]]
