@@ -13,7 +13,7 @@ namespace dsm {
 // lse is the natural logarithm, float32 (float64 for float64 tensors), +inf for a query without keys, whose output is
 // 0. A score of −inf is no key; one of +inf, or NaN, makes its query's output and lse NaN. Arithmetic is in lse's
 // dtype, and each result is rounded once. Hopper's tensor cores take 16-bit operands: there the probabilities and the
-// values of quantised rows are rounded to q's dtype.
+// values of quantised rows are rounded to q's dtype, and finite scores must be below 2^24 in magnitude.
 
 /// Attention of new tokens over a paged cache, with grouped query heads:
 ///

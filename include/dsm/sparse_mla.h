@@ -25,7 +25,7 @@ namespace dsm {
 /// counts twice. The sink is in no statistic; −inf is none, +inf gives output 0. A query without a key, or whose scores
 /// are all −inf, has out 0, lse +inf and max_logits −inf; one with a score of +inf or NaN has out and lse NaN. Rows
 /// that no list names are never read. Probabilities are not rounded before they weigh the values, but for 16-bit types
-/// on Hopper, to the inputs' dtype.
+/// on Hopper, to the inputs' dtype, where finite scores must be below 2^24 in magnitude.
 /// Source: DeepSeek-V3.2 report (2025); FlashMLA, flash_mla_sparse_fwd.
 struct SparseMlaPrefillArgs {
   TensorView q;            ///< [s_q, h_q, d_qk], h_q a multiple of h_kv
