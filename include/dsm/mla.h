@@ -25,7 +25,8 @@ namespace dsm {
 ///
 /// A plain cache may have another dtype than q. In an FP8 cache the elements are E4M3 codes and a key is k_scale times
 /// them.
-/// Errors: on the CPU, a length beyond the table or a page within the length that does not exist.
+/// Errors: on the CPU, a length beyond the table or a page within the length that does not exist. On a GPU the nearest
+/// possible length counts, and such a page makes its request's result arbitrary; nothing outside the cache is read.
 /// Source: DeepSeek-V2 (arXiv 2405.04434); the arguments of FlashMLA.
 struct MlaDecodeArgs {
   TensorView q;  ///< [batch, s_q, h_q, d_qk] float64|float32|float16|bfloat16, elements adjacent

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from calls import CALLS, Call, Results, forced, on_gpu
-from hostile import CUDA, HOPPER, int32
+from hostile import CUDA, HOPPER, INT_MAX, INT_MIN, int32
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
@@ -148,6 +148,26 @@ def test_a_graph_follows_every_argument(call: Call, row: str) -> None:
                     arguments[name].copy_(value)
             graph.replay()
             assert same_bits(call.run(**changed), captured)
+
+
+# --- what the CPU refuses, but only who reads the tensors can see ---
+
+
+@pytest.mark.parametrize("row", ["sm90", "cuda"])
+def test_lengths_and_pages_that_cannot_be(row: str) -> None:
+    """The nearest length counts; pages that are none spoil no other request, and nothing is read through them."""
+    if row == "sm90" and not HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    cache, q = torch.randn(9, 64, 1, 576).bfloat16(), torch.randn(5, 1, 16, 576).bfloat16()
+    table = int32([[0, 1], [-1, INT_MAX], [2, 3], [INT_MIN, 9], [4, 5]])
+    given, nearest = int32([INT_MAX, 128, 100, 65, INT_MIN]), int32([128, 0, 100, 0, 0])
+    with forced("mla_decode", row):
+        out, lse = dsm.ops.mla_decode(*(value.to(CUDA) for value in (q, cache, table, given)), 512)
+    expected, expected_lse = dsm.ops.mla_decode(q.double(), cache.double(), table, nearest, 512)
+    sound = [0, 2, 4]
+    assert_close("out", out.cpu()[sound], expected[sound], rounded_terms=True)
+    assert_close("lse", lse.cpu()[sound], expected_lse[sound])
+    assert out.isfinite().all()
 
 
 # --- scores beyond the largest float ---
