@@ -34,9 +34,9 @@ ACCUMULATION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, 
 # last place. These errors are independent: of many keys they average out, of few they stay below one spacing at the
 # largest result.
 ROUNDED_TERMS = 1.0
-# It also takes rows of FP8 caches rounded to bfloat16, where scales are no powers of two: half a unit in the last place
-# of each value, 2^-9, of which so much is left in the log-sum-exp of scores.
-ROUNDED_ROWS = 2.0**-10
+# It also takes rows of FP8 caches rounded to bfloat16, where scales are no powers of two: each value is off by up to
+# half a unit in the last place, 2^-9, and so may be a score, which of few keys is the log-sum-exp.
+ROUNDED_ROWS = 2.0**-9
 # Below these magnitudes the spacing no longer shrinks.
 SMALLEST_NORMAL = {dtype: torch.finfo(dtype).smallest_normal for dtype in ULP}
 
