@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     A sum = 0;
 #pragma unroll
     for (int j = 0; j < kKeysOfLane; ++j) {
-      const A weight = exp_below_max(s[j], most);
+      const A weight = s[j] == -kInfinity<A> ? A(0) : exp(s[j] - most);  // NaN beside a score of +inf
       tile.p[row_of_block][rows.lane() + kLanes * j] = weight;
       sum += weight;
     }
