@@ -148,10 +148,10 @@ __device__ __forceinline__ auto scale_of(const uint4* scales, int c, int lane) {
   if constexpr (std::is_same_v<typename Record::Scale, float>) {
     return FloatScale{__uint_as_float(word(*scales, 64 * c / Record::kGroup))};
   } else {
-    // Bits of bfloat16 2^(code − 127) are code << 7, but 2^-127 is not normal.
+    // Bits of bfloat16 2^(code − 127) are code << 7, but 2^-127 is not normal, and code 255 is NaN.
     const int byte = 64 * c / Record::kGroup + (Record::kGroup < 64 ? lane % kLanesPerRow * 16 / Record::kGroup : 0);
     const std::uint32_t code = __byte_perm(word(*scales, 64 * c / Record::kGroup / 4), 0, 0x4040 | (byte % 4) * 0x0101);
-    const std::uint32_t bits = max(code << 7, 0x00400040u);
+    const std::uint32_t bits = code << 7 | ((code + 1 & 0xfe) == 0 ? 0x00400040u : 0);
     return ExactScale{reinterpret_cast<const __nv_bfloat162&>(bits)};
   }
 }

@@ -94,7 +94,7 @@ def test_formats(row_bytes: int, page_size: int) -> None:
         check(5, pool, lists(2, 2, 65, 320, 0.3), [64, 1], extra, lists(2, 2, 70, 200, 0.3), [70, 66], sink=0.5)
 
 
-@pytest.mark.parametrize("h_q", [1, 16, 64, 65, 128])
+@pytest.mark.parametrize("h_q", [1, 8, 16, 17, 63, 64, 65, 128])
 def test_heads(h_q: int) -> None:
     pool = quantised(584, 4, 64)
     check(h_q, pool, lists(2, 3, 129, 256), sink=-1.0)
@@ -118,6 +118,51 @@ def test_nothing_reads_what_no_list_names(sink: float) -> None:
     poison(pool, 17)
     check(24, pool, indices, [90, 40, 40, 0], sink=sink)
     check(24, pool, torch.full((2, 1, 70), -1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("row_bytes", [584, 528])
+def test_e8m0_nan_scale(row_bytes: int) -> None:
+    """A scale of code 255 is NaN: so are the requests that list the row, and only these."""
+    pool = quantised(row_bytes, 2, 64)
+    pool.cache[0].view(-1)[64 * 576 + 5 * 8 + 2 if row_bytes == 584 else 5 * 528 + 512 + 2] = 255
+    indices = torch.randint(6, 128, (3, 1, 70), dtype=torch.int32)
+    indices[1, 0, 66] = 5
+    q = torch.randn(3, 1, 7, 512).bfloat16().cuda()
+    out, lse = dsm.ops.sparse_mla_decode(q, pool.cache.cuda(), indices.cuda(), softmax_scale=0.02)
+    assert out[1].isnan().all()
+    assert lse[1].isnan().all()
+    assert out[::2].isfinite().all()
+    assert lse[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 1), (63, 64), (64, 65), (65, 63), (128, 129)])
+def test_lengths_around_blocks(counts: tuple[int, int]) -> None:
+    first, second = counts
+    pool, extra = quantised(528, 4, 64), quantised(288, 4, 64)
+    check(33, pool, lists(3, 1, 130, 256), [first] * 3, extra, lists(3, 1, 130, 256), [second, 0, second], sink=0.3)
+
+
+def test_replays_with_other_lengths() -> None:
+    """A graph reads lengths and indices when it runs; ten replays give the same bits."""
+    pool = quantised(584, 8, 64)
+    cache, indices = pool.cache.cuda(), lists(5, 1, 300, 512).cuda()
+    lengths = torch.tensor([300, 0, 1, 64, 129], dtype=torch.int32).cuda()
+    q = torch.randn(5, 1, 64, 512).bfloat16().cuda()
+
+    def call() -> tuple[Tensor, Tensor]:
+        return dsm.ops.sparse_mla_decode(q, cache, indices, softmax_scale=0.02, topk_length=lengths)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call()
+    for changed in ([300, 0, 1, 64, 129], [1, 300, 300, 0, 65], [0, 0, 0, 0, 2]):
+        lengths.copy_(torch.tensor(changed, dtype=torch.int32))
+        expected = call()
+        for _ in range(10):
+            graph.replay()
+            assert torch.equal(replayed[0], expected[0])
+            assert torch.equal(replayed[1], expected[1])
 
 
 def test_every_format_has_a_test() -> None:
