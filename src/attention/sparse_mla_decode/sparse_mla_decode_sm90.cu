@@ -3,10 +3,12 @@
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
 // the values, 65 to be written, 37 to arrive, i.e. 2500 to 2800 cycles at 128 bytes each, and the products alone 2048.
-// Measured are about 5700: scores take 2900 cycles instead of 1024 beside the next block's stores, and then softmax
-// (1100) and values (1400) go on while the two warpgroups that bring keys wait for a free block. A call begins with
-// some 11 us until the first keys are there, most of it instructions and addresses that no cache has yet. What did not
-// help: to hold the stores back until the scores are made, to ask for rows from four warps instead of eight.
+// Measured are 5200 to 5700: one warpgroup makes scores (1000 cycles), weights (1100), hands them over (400 to 1700)
+// and adds its values (1000 to 1200), one after another, and keys are brought no faster. A call begins with some 11 us
+// until the first keys are there, most of it instructions and addresses that no cache has yet. What did not help: to
+// hold the stores back until the scores are made, to ask for rows from four warps instead of eight, to ask for each
+// piece of a row as soon as its place is free, to have the L2 fetch rows ahead, weights in the keys' own buffer so that
+// their reader is not waited for.
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS):
 // V4, 64 heads, 128 + 512: batch 2 18.5, 16 30.2 (1.8), 64 37.9 (7.3), 128 44.5 (14.5), 148 66.6 (16.8); at most 512
