@@ -211,6 +211,50 @@ def _sparse_work(row_bytes: int, ragged: bool = False) -> Function:
     return work
 
 
+# --- sparse_mla_decode, a prompt: one request, whose positions are the first dimension here ---
+
+
+def _prompt_inputs(row_bytes: int) -> Function:
+    def inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+        cache, indices = _pool(draw, {**sizes, "batch": 1}, sizes["topk"], sizes["page_size"], row_bytes)
+        return {"q": draw(sizes["s_q"], sizes["h_q"], width_of(row_bytes)), "k_cache": cache, "indices": indices[0]}
+
+    return inputs
+
+
+def _of_prompt(decode: Function) -> Function:
+    def call(q: Tensor, k_cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = decode(q=q[None], k_cache=k_cache, indices=indices[None])
+        return out[0], lse[0].T
+
+    return call
+
+
+def _prefill_of_dequantized() -> Function:
+    """Rows are dequantised by the first call, as for the layers that share them."""
+    rows: list[Tensor] = []
+
+    def call(q: Tensor, k_cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if not rows:
+            every = torch.arange(k_cache.shape[0] * k_cache.shape[1], device=q.device)
+            rows.append(gather(k_cache, every, q.dtype)[:, None])
+        out, _, lse = sparse_mla_prefill(q, rows[0], indices[:, None], d_v=D_V)
+        return out, lse
+
+    return call
+
+
+def _prompt_peers(device: str) -> Mapping[str, Function]:
+    on_prompt = _peers(lambda module: _of_prompt(flash_mla_peer.sparse_decode(module)), _of_prompt(_sparse))
+    ours = {"sparse_mla_prefill": _prefill_of_dequantized()} if device == "cuda" else {}
+    return {**on_prompt(device), **ours}
+
+
+def _prompt_work(row_bytes: int) -> Function:
+    work = _sparse_work(row_bytes)
+    return lambda sizes, width: work({**sizes, "batch": 1}, width)
+
+
 # --- sparse_mla_prefill ---
 
 
@@ -252,6 +296,10 @@ def _v4_row(batch: int, h_q: int, extra_topk: int, extra_page_size: int = 64) ->
     return {"batch": batch, "h_q": h_q, "s_q": 1, "s_kv": 16384, "topk": 128, "extra_topk": extra_topk, **pages}
 
 
+def _prompt_row(h_q: int, topk: int, s_kv: int) -> Sizes:
+    return {"h_q": h_q, "s_q": 4096, "s_kv": s_kv, "topk": topk, "page_size": 64}
+
+
 def _prefill_row(h_q: int, d_qk: int, topk: int, s_kv: int = 8192) -> Sizes:
     return {"s_q": 4096, "h_q": h_q, "d_qk": d_qk, "d_v": D_V, "topk": topk, "s_kv": s_kv}
 
@@ -285,6 +333,18 @@ _V4 = replace(
         )
     },
     work=_sparse_work(V4_FP8),
+)
+
+_V32_PROMPT = replace(
+    _V32,
+    label="a prompt on DeepSeek-V3.2's FP8 cache (sparse_mla_prefill: on dequantised rows)",
+    sizes={"h_q": 3, "s_q": 5, "s_kv": 13, "topk": 9, "page_size": 4},
+    inputs=_prompt_inputs(V32_FP8),
+    run=_of_prompt(sparse_mla_decode),
+    formula=_of_prompt(_sparse),
+    benchmark={"cuda": (_prompt_row(128, 2048, 8192), _prompt_row(128, 2048, 131072))},
+    work=_prompt_work(V32_FP8),
+    peers=_prompt_peers,
 )
 
 CASES = (
@@ -328,6 +388,14 @@ CASES = (
         work=_sparse_work(V4_FP8, ragged=True),
     ),
     _V32,
+    _V32_PROMPT,
+    replace(
+        _V32_PROMPT,
+        label="a prompt on DeepSeek-V4's FP8 cache (sparse_mla_prefill: on dequantised rows)",
+        inputs=_prompt_inputs(V4_FP8),
+        benchmark={"cuda": (_prompt_row(64, 512, 8192),)},
+        work=_prompt_work(V4_FP8),
+    ),
     Case(
         operator="sparse_mla_prefill",
         label="DeepSeek-V3.2 and V4 (FlashMLA padded to 64 heads)",

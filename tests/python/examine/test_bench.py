@@ -132,16 +132,17 @@ def test_flash_mla_gets_the_same_inputs(case: Case, heads: int) -> None:
     trial = Trial(case, torch.bfloat16, CPU, {**case.sizes, "h_q": heads})
     truth = trial.truth()
     assert trial.forward_deviation(truth).ratio <= 1
-    (peer,) = case.peers("cuda").items()
-    assert peer[0] == "FlashMLA"
-    theirs = trial.of(peer[1])
-    for _ in range(2):  # what the first call keeps serves the second
-        assert theirs.forward_deviation(truth).ratio <= 1
+    peers = case.peers("cuda")
+    assert "FlashMLA" in peers
+    for peer in peers.values():
+        theirs = trial.of(peer)
+        for _ in range(2):  # what the first call keeps serves the second
+            assert theirs.forward_deviation(truth).ratio <= 1
 
 
 @pytest.mark.parametrize("case", SERVING, ids=lambda c: f"{c.operator} {c.label}")
 def test_a_sample_of_large_inputs_is_compared(case: Case) -> None:
-    sizes = {**case.sizes, ("s_q" if "prefill" in case.operator else "batch"): 33}
+    sizes = {**case.sizes, ("batch" if "batch" in case.sizes else "s_q"): 33}
     trial = Trial(case, torch.bfloat16, CPU, sizes)
     truth = trial.truth()
     assert {0, 32} < set(truth.entries.tolist())

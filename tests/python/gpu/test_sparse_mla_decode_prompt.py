@@ -1,0 +1,54 @@
+# Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+"""Prefill straight from a quantised cache: sparse_mla_decode of one request with thousands of positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_layouts import Pool, quantised
+
+import ds_flashdmla_moe as dsm
+from tolerance import assert_close
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+
+CUDA = torch.device("cuda", 0)
+SAMPLE = [0, 1, 131, 132, 2047, 4094, 4095]
+SPARE_BYTES = 64 << 20  # what a call may take beside its results
+
+
+def truth(q: torch.Tensor, pool: Pool, rows: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One position with all its heads, in float64."""
+    keys = pool.values.to(CUDA)[rows[(rows >= 0) & (rows < len(pool.values))].long()]
+    scores = q.double() @ keys.mT * scale
+    return scores.softmax(-1) @ keys[:, :512], scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "h_q", "topk"), [(656, 128, 2048), (656, 16, 2048), (584, 64, 512), (584, 128, 512)]
+)
+def test_thousands_of_positions(row_bytes: int, h_q: int, topk: int) -> None:
+    pool = quantised(row_bytes, 64, 64)
+    width, rows = pool.values.shape[1], len(pool.values)
+    q = torch.randn(1, 4096, h_q, width, device=CUDA).bfloat16()
+    indices = torch.randint(rows, (1, 4096, topk), device=CUDA, dtype=torch.int32)
+    for first, none in ((1, -1), (5, rows), (2, 2**31 - 1), (6, -(2**31))):
+        indices[..., first::13] = none
+    cache, scale = pool.cache.to(CUDA), width**-0.5 / 4
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with dsm.explain() as choices:
+        out, lse = dsm.ops.sparse_mla_decode(q, cache, indices, softmax_scale=scale)
+    assert [choice.implementation for choice in choices] == ["sm90"]
+    results = out.numel() * out.element_size() + lse.numel() * lse.element_size()
+    assert torch.cuda.max_memory_allocated() - before < results + SPARE_BYTES
+
+    for position in SAMPLE:
+        expected, expected_lse = truth(q[0, position], pool, indices[0, position], scale)
+        assert_close(f"out at {position}", out[0, position], expected, rounded_terms=True)
+        assert_close(f"lse at {position}", lse[0, :, position], expected_lse, rounded_terms=row_bytes == 656)
+    again, lse_again = dsm.ops.sparse_mla_decode(q, cache, indices, softmax_scale=scale)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
