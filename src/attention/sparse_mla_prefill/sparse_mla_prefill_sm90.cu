@@ -4,6 +4,7 @@
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90.cuh"
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90.h"
 #include "src/cuda/copy/pack.cuh"
+#include "src/cuda/copy/tensor_map.h"
 #include "src/cuda/launch/launch.h"
 
 namespace dsm {
@@ -12,13 +13,15 @@ namespace {
 constexpr const char* kName = "sparse_mla_prefill";
 
 template <class T, int kTiles>
-void launch_prefill(const sparse_prefill_sm90::Problem& problem, const Launch& launch) {
+void launch_prefill(const sparse_prefill_sm90::Problem& problem, const CUtensorMap& out, const Launch& launch) {
   using namespace sparse_prefill_sm90;
   const auto kernel = sparse_mla_prefill_sm90_kernel<T, kTiles>;
   constexpr std::size_t kBytes = sizeof(Shared<kTiles>);
   cuda::allow_shared_bytes(kName, kernel, kBytes);
   const std::int32_t blocks = std::min<std::int32_t>(problem.items, cuda::multiprocessors(kName));
-  cuda::launch(kName, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kBytes, launch, problem);
+  cuda::check(cudaMemsetAsync(problem.taken, 0, sizeof(*problem.taken), static_cast<cudaStream_t>(launch.stream)),
+              kName);
+  cuda::launch(kName, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kBytes, launch, problem, out);
 }
 
 }  // namespace
@@ -36,6 +39,8 @@ Reason sparse_mla_prefill_sm90_refusal(const SparseMlaPrefillArgs& a) {
   if (!(static_cast<float>(a.softmax_scale) > 1e-30f)) return "takes softmax_scale > 1e-30";
   return "";
 }
+
+std::size_t sparse_mla_prefill_sm90_workspace(const SparseMlaPrefillArgs&) { return sizeof(std::int32_t); }
 
 void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch) {
   using sparse_prefill_sm90::Problem;
@@ -57,17 +62,24 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
       .max_logits = a.max_logits.as<float>(),
       .lse = a.lse.as<float>(),
       .items = static_cast<std::int32_t>(a.q.size(0) * head_tiles),
+      .taken = static_cast<std::int32_t*>(launch.workspace),
       .h_q = static_cast<std::int32_t>(a.q.size(1)),
       .head_tiles = static_cast<std::int32_t>(head_tiles),
       .s_kv = static_cast<std::int32_t>(std::min<std::int64_t>(a.kv.size(0), INT32_MAX)),
       .topk = static_cast<std::int32_t>(a.indices.size(2)),
       .softmax_scale = static_cast<float>(a.softmax_scale),
   };
+  const std::int64_t h_q = a.q.size(1), s_q = a.q.size(0);
+  const CUtensorMap out = cuda::tile_map_16bit(
+      kName, a.q.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      a.out.data, a.out.size(2), h_q, s_q, h_q > 1 ? a.out.stride[1] : a.out.size(2),
+      s_q > 1 ? a.out.stride[0] : a.out.size(2), 16, 4);
   const bool wide = a.q.size(2) == 576;
   if (a.q.dtype == DType::bfloat16)
-    wide ? launch_prefill<__nv_bfloat16, 9>(problem, launch) : launch_prefill<__nv_bfloat16, 8>(problem, launch);
+    wide ? launch_prefill<__nv_bfloat16, 9>(problem, out, launch)
+         : launch_prefill<__nv_bfloat16, 8>(problem, out, launch);
   else
-    wide ? launch_prefill<__half, 9>(problem, launch) : launch_prefill<__half, 8>(problem, launch);
+    wide ? launch_prefill<__half, 9>(problem, out, launch) : launch_prefill<__half, 8>(problem, out, launch);
 }
 
 }  // namespace dsm

@@ -9,7 +9,8 @@
 // A thread block works through items, each one query and 64 of its heads; keys come in pairs of blocks of 64. Three
 // warpgroups:
 //
-//   gatherer  copies Q and the listed rows into shared memory, ahead of the others and across items
+//   gatherer  takes items in their order, as blocks come to need one, and copies Q and the listed rows into shared
+//             memory, ahead of the others and across items
 //   first     scores and weights of the first block of a pair, columns   0-255 of the output
 //   second    scores and weights of the second block,          columns 256-511 of the output
 //
@@ -19,12 +20,14 @@
 //
 // so that the first softmax hides behind S1 and the second behind P0 V0. Named barriers keep this order, as the tensor
 // cores would serve both warpgroups alike and finish both products late. While scores are multiplied, wgmma takes all
-// of shared memory's bandwidth: nothing that is waited for may be read from or stored there then.
+// of shared memory's bandwidth: nothing that is waited for may be read from or stored there then. The output is rounded
+// into K1's place, and leaves from there while S0 of the next item is multiplied.
 
 namespace dsm::sparse_prefill_sm90 {
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, 1) sparse_mla_prefill_sm90_kernel(const __grid_constant__ Problem problem) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sparse_mla_prefill_sm90_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap out) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte bytes[];
   Shared<kTiles>& shared = *reinterpret_cast<Shared<kTiles>*>(bytes);
@@ -42,10 +45,10 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_prefill_sm90_kernel(co
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     take_registers<216>();
-    attend_first<T>(problem, shared);
+    attend_first<T>(problem, out, shared);
   } else if (warpgroup == 1) {
     take_registers<216>();
-    attend_second<T>(problem, shared);
+    attend_second<T>(problem, out, shared);
   } else {
     give_registers<72>();
     gather<T>(problem, shared);

@@ -1,28 +1,32 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "dsm/sparse_mla.h"
 #include "src/core/registry.h"
 
-// Bound by the tensor cores at the chip's power limit and by shared memory, 7 % beyond them in a model of its bytes:
-// 64 keys are 2176 cycles of products (d_qk 576), and take 2720. Between two queries 3500 cycles more pass, as all
-// outputs leave at the same time at the L2's 4.6 TB/s. H200, s_q 4096, bfloat16, random rows, us | part of the limit
-// (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel in the same run:
+// Bound by the tensor cores at the chip's power limit and by shared memory: a pair of key blocks, 128 keys, is 4352
+// cycles of products (d_qk 576) and takes 5980, the ends of queries included. H200, s_q 4096, bfloat16, random rows, us
+// | part of the limit (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel, padded to 64 heads,
+// in the same run:
 //
-//   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3551 | 89 % | 3836      d_qk 512, h_q  64, topk  512:  490 | 76 % |  547
-//                                 s_kv  32768: 3648 | 87 % | 4062      d_qk 512, h_q 128, topk 1024: 1755 | 85 % | 1974
-//                                 s_kv 131072: 4186 | 75 % | 4668      d_qk 576, h_q  16, topk 2048: 1805 | 96 % | 2745
+//   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3404 | 93 % | 3729      d_qk 512, h_q  64, topk  512:  468 | 79 % |  549
+//                                 s_kv  32768: 3559 | 89 % | 3957      d_qk 512, h_q 128, topk 1024: 1691 | 88 % | 1887
+//                                 s_kv 131072: 3774 | 84 % | 4119      d_qk 576, h_q  16, topk 2048: 1688 |102 % | 1900
 //
-// No gain: L2 prefetches of the next rows, products of P0 before S1 is done, no fences behind the rows' arrival (they
-// would be missing), outputs of the warpgroups one after the other.
+// Weights relative to a maximum that may lag by 2^8 save 3 to 5 % of the time, as the output is rarely rescaled then,
+// and make the error 2 to 5 % larger. No gain: L2 prefetches of the next rows, products of P0 before S1 is done, no
+// fences behind the rows' arrival (they would be missing), keys let go 16 at a time, blocks that begin at different
+// times, queries cut between blocks so that all end alike.
 
 namespace dsm {
 
 /// Why the Hopper implementation refuses a request: it takes float16 and bfloat16, d_qk 512 or 576, d_v 512, one key
 /// head, 16-byte aligned rows, and gives no key_probs.
 Reason sparse_mla_prefill_sm90_refusal(const SparseMlaPrefillArgs& args);
+std::size_t sparse_mla_prefill_sm90_workspace(const SparseMlaPrefillArgs& args);
 void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& args, const Launch& launch);
 
 namespace sparse_prefill_sm90 {
@@ -41,6 +45,7 @@ struct Problem {
   std::int64_t out_token, out_head;
   float *max_logits, *lse;  ///< [s_q, h_q]
   std::int32_t items;       ///< queries times head_tiles
+  std::int32_t* taken;      ///< how many of them beside each block's first one; 0 before the call
   std::int32_t h_q, head_tiles, s_kv, topk;
   float softmax_scale;
 };

@@ -10,7 +10,7 @@ namespace dsm::sparse_prefill_sm90 {
 using namespace cuda;
 
 template <class T, int kTiles>
-__device__ void attend_first(const Problem& problem, Shared<kTiles>& shared) {
+__device__ void attend_first(const Problem& problem, const CUtensorMap& out, Shared<kTiles>& shared) {
   const float scale = problem.softmax_scale * kLog2e;
   float s[32], o[128];
   std::uint32_t p[4][4];
@@ -56,18 +56,24 @@ __device__ void attend_first(const Problem& problem, Shared<kTiles>& shared) {
     wgmma_registers(s);
   };
 
-  Items items(problem);
+  Item item;
+  const auto take_item = [&] {
+    shared.valid_ready[0].wait(parity);
+    item = shared.item[0];
+  };
   Rows rows;
+  take_item();
   begin_scores(false);
   await_scores(true);
-  for (int pair = 0; items.more();) {
-    const bool last = pair + 1 == items.pairs(), more = !last || !items.last();
+  for (int pair = 0; item.query >= 0;) {
+    const bool last = pair + 1 == item.pairs;
     if (last) arrive_once_a_warp(shared.q_free);
-    if (weigh_keys<T>(s, valid, scale, rows, factor, p)) rescale(o, factor);
+    weigh_keys<T>(s, valid, scale, rows, factor, p);
     store_weights(shared.p0, p);
     tell(shared.first, rows, last);
     fence_async_shared();
     named_arrive(kFirstWeighed, kConsumers);
+    rescale(o, factor);
     named_sync(kSecondScored, kConsumers);
     wgmma_registers(o);
     wgmma_fence();
@@ -76,11 +82,12 @@ __device__ void attend_first(const Problem& problem, Shared<kTiles>& shared) {
     wgmma_wait<0>();
     wgmma_registers(o);
     arrive_once_a_warp(shared.k_free[0][kLeft]);
-    if (last) load_sinks(problem, items, sink);
+    if (last) load_sinks(problem, item, sink);
 
     named_sync(kSecondWeighed, kConsumers);
     const RowState other[2] = {shared.second[row_of()], shared.second[row_of() + 8]};
-    if (rows.move({other[0].reference, other[1].reference}, factor)) rescale(o, factor);
+    rows.move({other[0].reference, other[1].reference}, factor);
+    rescale(o, factor);
     wgmma_registers(o);
     wgmma_fence();
     weigh_values<T>(o, shared.k[1][8], shared.k[1], true);
@@ -90,20 +97,23 @@ __device__ void attend_first(const Problem& problem, Shared<kTiles>& shared) {
     if (last) {
       wgmma_wait<0>();
       wgmma_registers(o);
-      store_output<T>(problem, items, 0, o, rows, {rows.sum[0] + other[0].sum, rows.sum[1] + other[1].sum}, sink);
-      arrive_once_a_warp(shared.k_free[1][kLeft]);  // not before: stores would queue behind the rows that come next
-      items.next();
+      named_sync(kFirstDone, 128);
+      stage_output<T>(shared.k[1], o, rows, {rows.sum[0] + other[0].sum, rows.sum[1] + other[1].sum}, sink);
+      store_staged(out, shared.k[1], item, 0);
+      take_item();
       rows = Rows();
       pair = 0;
       q_parity ^= 1;
     }
+    const bool more = item.query >= 0;
     if (more) begin_scores(!last);
+    if (last) release_staged(shared.k_free[1][kLeft]);
     await_scores(more);
   }
 }
 
 template <class T, int kTiles>
-__device__ void attend_second(const Problem& problem, Shared<kTiles>& shared) {
+__device__ void attend_second(const Problem& problem, const CUtensorMap& out, Shared<kTiles>& shared) {
   const float scale = problem.softmax_scale * kLog2e;
   float s[32], o[128];
   std::uint32_t p[4][4];
@@ -116,11 +126,13 @@ __device__ void attend_second(const Problem& problem, Shared<kTiles>& shared) {
     fence_async_shared();
     wgmma_fence();
   };
-  Items items(problem);
+  Item item;
   Rows rows;
-  for (int pair = 0; items.more(); parity ^= 1) {
-    const bool last = pair + 1 == items.pairs();
+  for (int pair = 0;; parity ^= 1) {
     shared.valid_ready[1].wait(parity);
+    if (pair == 0) item = shared.item[1];
+    if (item.query < 0) break;
+    const bool last = pair + 1 == item.pairs;
     const uint2 valid = *reinterpret_cast<const uint2*>(shared.valid[1]);
     shared.q_ready[kRight].wait(q_parity);
     wgmma_registers(s);
@@ -143,26 +155,27 @@ __device__ void attend_second(const Problem& problem, Shared<kTiles>& shared) {
 
     named_sync(kFirstWeighed, kConsumers);
     const RowState other[2] = {shared.first[row_of()], shared.first[row_of() + 8]};
-    if (rows.move({other[0].reference, other[1].reference}, factor)) rescale(o, factor);
+    rows.move({other[0].reference, other[1].reference}, factor);
+    rescale(o, factor);
     wgmma_registers(o);
     wgmma_fence();
     weigh_values<T>(o, shared.p0, k0 + 4, pair > 0);
     wgmma_commit();
 
-    const bool moved = weigh_keys<T>(s, valid, scale, rows, factor, p);
+    weigh_keys<T>(s, valid, scale, rows, factor, p);
+    store_weights(k1[8], p);  // before O is waited for: the other warpgroup goes on
+    tell(shared.second, rows, last);
+    fence_async_shared();
+    named_arrive(kSecondWeighed, kConsumers);
     wgmma_wait<0>();
     wgmma_registers(o);
     arrive_once_a_warp(shared.k_free[0][kRight]);
-    if (moved) rescale(o, factor);
+    rescale(o, factor);
     wgmma_registers(o);
     wgmma_fence();
     weigh_values<T>(o, p, k1 + 4, true);
     wgmma_commit();
-    store_weights(k1[8], p);
-    tell(shared.second, rows, last);
-    fence_async_shared();
-    named_arrive(kSecondWeighed, kConsumers);
-    if (last) load_sinks(problem, items, sink);
+    if (last) load_sinks(problem, item, sink);
     wgmma_wait<0>();
     wgmma_registers(o);
     ++pair;
@@ -173,18 +186,19 @@ __device__ void attend_second(const Problem& problem, Shared<kTiles>& shared) {
 
     const float sum[2] = {__fadd_rn(__fmul_rn(other[0].sum, factor[0]), rows.sum[0]),
                           __fadd_rn(__fmul_rn(other[1].sum, factor[1]), rows.sum[1])};
-    store_output<T>(problem, items, kHalfColumns, o, rows, sum, sink);
-    arrive_once_a_warp(shared.k_free[1][kRight]);
+    named_sync(kSecondDone, 128);
+    stage_output<T>(k1 + 4, o, rows, sum, sink);
+    store_staged(out, k1 + 4, item, 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int head = items.first_head() + row_of() + 8 * i;
+      const int head = item.head_tile * kHeads + row_of() + 8 * i;
       if (threadIdx.x % 4 != 0 || head >= problem.h_q) continue;
-      const std::int64_t at = items.query() * problem.h_q + head;
+      const std::int64_t at = static_cast<std::int64_t>(item.query) * problem.h_q + head;
       const bool none = sum[i] == 0;
       problem.max_logits[at] = none ? -INFINITY : fmaxf(rows.top[i], other[i].top) * problem.softmax_scale;
       problem.lse[at] = none ? INFINITY : (rows.reference[i] + log2f(sum[i])) * kLn2;
     }
-    items.next();
+    release_staged(shared.k_free[1][kRight]);
     rows = Rows();
     pair = 0;
     q_parity ^= 1;

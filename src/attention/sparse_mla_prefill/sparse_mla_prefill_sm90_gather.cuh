@@ -38,10 +38,20 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
   const T* const q = static_cast<const T*>(problem.q);
   const T* const kv = static_cast<const T*>(problem.kv);
   std::uint32_t parity = 1, q_parity = 1;  // of the phase before
-  for (Items items(problem); items.more(); items.next(), q_parity ^= 1) {
-    const int keys = items.keys(), pairs = items.pairs(), first_head = items.first_head();
-    const std::int32_t* const list = problem.indices + items.query() * problem.indices_token;
-    const T* const heads = q + items.query() * problem.q_token + first_head * problem.q_head;
+  // The first thread takes items, and says which.
+  const bool first = threadIdx.x % 128 == 0;
+  const auto next_item = [&](std::int32_t taken) {
+    q_parity ^= 1;
+    if (first) shared.taken[q_parity] = taken;
+    named_sync(kTaken, 128);
+    return shared.taken[q_parity];
+  };
+  for (std::int32_t number = blockIdx.x, taken = 0; number < problem.items; number = next_item(taken)) {
+    const std::int32_t query = number / problem.head_tiles, first_head = number % problem.head_tiles * kHeads;
+    const int keys = problem.topk_length ? min(max(problem.topk_length[query], 0), problem.topk) : problem.topk;
+    const int pairs = max((keys + 2 * kKeys - 1) / (2 * kKeys), 1);
+    const std::int32_t* const list = problem.indices + query * problem.indices_token;
+    const T* const heads = q + query * problem.q_token + first_head * problem.q_head;
     const auto query_rows = [&] {
       SourceRows<T> rows;
 #pragma unroll
@@ -74,10 +84,12 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
       };
       const auto tell_valid = [&](int block) {
         if (lane != 0) return;
+        if (first && pair == 0) shared.item[block] = {query, first_head / kHeads, pairs};
         shared.valid[block][warp] = static_cast<std::uint16_t>(valid >> 16 * block);
         shared.valid_ready[block].arrive();
       };
 
+      if (pair + 1 == pairs && first) taken = gridDim.x + atomicAdd(problem.taken, 1);
       if (pair == 0) {
         shared.q_free.wait(q_parity);
         copy_tiles<0, 4>(shared.q, query_rows(), q);
@@ -115,6 +127,14 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
       shared.k_ready[1][1].arrive_after_copies();
     }
   }
+  const auto tell_end = [&](int block) {
+    if (first) shared.item[block].query = -1;
+    if (lane == 0) shared.valid_ready[block].arrive();
+  };
+  shared.k_free[0][kLeft].wait(parity);
+  tell_end(0);
+  shared.k_free[1][kRight].wait(parity);
+  tell_end(1);
 }
 
 }  // namespace dsm::sparse_prefill_sm90

@@ -9,6 +9,7 @@
 
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90_memory.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
+#include "src/cuda/ptx/bulk_copy.cuh"
 #include "src/cuda/ptx/wgmma.cuh"
 #include "src/cuda/reduce/warp.cuh"
 
@@ -58,29 +59,33 @@ __device__ __forceinline__ void weigh_values(float (&o)[128], const std::uint32_
 struct Rows {
   float reference[2] = {kLowest, kLowest}, sum[2] = {}, top[2] = {-INFINITY, -INFINITY};
 
-  /// Changes the reference; true if some row of the warp is to be rescaled by the factors.
-  __device__ bool move(const float (&to)[2], float (&factor)[2]) {
+  /// Changes the reference: what has been summed up is to be rescaled by the factors.
+  __device__ void move(const float (&to)[2], float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       factor[i] = power_of_two(reference[i] - to[i]);
       sum[i] = __fmul_rn(sum[i], factor[i]);
       reference[i] = to[i];
     }
-    return __any_sync(kAllLanes, factor[0] != 1 || factor[1] != 1);
   }
 };
 
+/// By the factors of the two rows; eight rows at a time, where any of a warp's has changed.
 __device__ __forceinline__ void rescale(float (&o)[128], const float (&factor)[2]) {
 #pragma unroll
-  for (int j = 0; j < 32; ++j)
+  for (int i = 0; i < 2; ++i) {
+    if (!__any_sync(kAllLanes, factor[i] != 1)) continue;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) o[4 * j + e] *= factor[e / 2];
+    for (int j = 0; j < 32; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) o[4 * j + 2 * i + e] *= factor[i];
+  }
 }
 
-/// Scores become weights, packed as A of the next product. The reference rises to a row's largest score when that is
-/// kSlack above it: returns whether it has in some row of the warp.
+/// Scores become weights, packed as A of the next product. The reference is a row's largest score so far, so that the
+/// largest weight is 1 and loses nothing where weights are rounded.
 template <class T>
-__device__ __forceinline__ bool weigh_keys(float (&s)[32], uint2 valid, float scale, Rows& rows, float (&factor)[2],
+__device__ __forceinline__ void weigh_keys(float (&s)[32], uint2 valid, float scale, Rows& rows, float (&factor)[2],
                                            std::uint32_t (&p)[4][4]) {
   if ((valid.x & valid.y) != 0xffffffffu) {
     const int shift = threadIdx.x % 4 * 2;
@@ -101,9 +106,9 @@ __device__ __forceinline__ bool weigh_keys(float (&s)[32], uint2 valid, float sc
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
     top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
     rows.top[i] = fmaxf(rows.top[i], top);
-    reference[i] = top * scale > rows.reference[i] + kSlack ? top * scale : rows.reference[i];
+    reference[i] = fmaxf(rows.reference[i], top * scale);
   }
-  const bool moved = rows.move(reference, factor);
+  rows.move(reference, factor);
 #pragma unroll
   for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -113,7 +118,6 @@ __device__ __forceinline__ bool weigh_keys(float (&s)[32], uint2 valid, float sc
       rows.sum[i] += low + high;
       p[j / 2][i + j % 2 * 2] = rounded_pair<T>(low, high);
     }
-  return moved;
 }
 
 /// This thread's rows of a tile: row_of() and 8 on.
@@ -144,59 +148,56 @@ __device__ __forceinline__ void tell(RowState* states, Rows& rows, bool last) {
   }
 }
 
-__device__ __forceinline__ void exchange(std::uint32_t& a, std::uint32_t& b, int lanes) {
-  const bool upper = threadIdx.x & lanes;
-  const std::uint32_t other = __shfl_xor_sync(kAllLanes, upper ? a : b, lanes);
-  (upper ? a : b) = other;
-}
-
 /// The sinks of this thread's rows, in units of log 2; asked for before they are needed.
-__device__ __forceinline__ void load_sinks(const Problem& problem, const Items& items, float (&sink)[2]) {
+__device__ __forceinline__ void load_sinks(const Problem& problem, const Item& item, float (&sink)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int head = items.first_head() + row_of() + 8 * i;
+    const int head = item.head_tile * kHeads + row_of() + 8 * i;
     sink[i] = head < problem.h_q && problem.attn_sink ? problem.attn_sink[head] : -INFINITY;
   }
 }
 
-/// Stores a warpgroup's columns of the output. The threads of two neighbouring rows swap what they hold, so that eight
-/// of them store 128 bytes of the one, then of the other.
+/// Rounds a warpgroup's columns of the output into the tiles: of each a warp's 16 rows, tile after tile.
 template <class T>
-__device__ __forceinline__ void store_output(const Problem& problem, const Items& items, int first_column,
-                                             const float (&o)[128], const Rows& rows, const float (&sum)[2],
-                                             const float (&sink)[2]) {
-  const int odd = row_of() % 2;
+__device__ __forceinline__ void stage_output(Tile* tiles, const float (&o)[128], const Rows& rows,
+                                             const float (&sum)[2], const float (&sink)[2]) {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // threadIdx.x, or all addresses would be kept across the loop
+  const std::uint32_t warp = thread % 128 / kWarpSize, row = thread % kWarpSize / 4;
+  const std::uint32_t to = shared_address(tiles + warp) + thread % 4 * 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float all = sum[i] + power_of_two(sink[i] * kLog2e - rows.reference[i]);
     const float factor = sum[i] == 0 ? 0.f : 1 / all;
-    const int head = items.first_head() + row_of() + 8 * i - odd;
-    T* const to = static_cast<T*>(problem.out) + items.query() * problem.out_token + head * problem.out_head +
-                  first_column + odd * 32 + threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int begin = 0; begin < 32; begin += 8) {
-      std::uint32_t words[8];
-#pragma unroll
-      for (int part = 0; part < 8; ++part) {
-        const int j = 4 * (begin + part) + 2 * i;
-        words[part] = rounded_pair<T>(o[j] * factor, o[j + 1] * factor);
-      }
-#pragma unroll
-      for (int lanes = 1; lanes <= 4; lanes *= 2)
-#pragma unroll
-        for (int part = 0; part < 8; ++part)
-          if (!(part & lanes)) exchange(words[part], words[part + lanes], lanes);
-      if (head < problem.h_q)
-        __stcs(reinterpret_cast<uint4*>(to + 8 * begin), make_uint4(words[0], words[1], words[2], words[3]));
-      if (head + 1 < problem.h_q)
-        __stcs(reinterpret_cast<uint4*>(to + problem.out_head + 8 * begin),
-               make_uint4(words[4], words[5], words[6], words[7]));
+    for (int j = 0; j < 32; ++j) {
+      const std::uint32_t word = rounded_pair<T>(o[4 * j + 2 * i] * factor, o[4 * j + 2 * i + 1] * factor);
+      const std::uint32_t at = to + swizzled(row + 8 * i, j % 8) + j / 8 * (sizeof(Tile) / 4);
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
     }
   }
 }
 
+/// Stores what the warp has staged; heads beyond the last one are not stored.
+__device__ __forceinline__ void store_staged(const CUtensorMap& out, const Tile* tiles, const Item& item,
+                                             int column_tile) {
+  const int warp = threadIdx.x % 128 / kWarpSize;
+  fence_async_shared();
+  __syncwarp();
+  if (threadIdx.x % kWarpSize != 0) return;
+  tensor_store(out, tiles + warp, 0, item.head_tile * kHeads + 16 * warp, column_tile, item.query, L2Hint::kEvictFirst);
+  bulk_commit();
+}
+
 __device__ __forceinline__ void arrive_once_a_warp(MBarrier& barrier) {
   if (threadIdx.x % kWarpSize == 0) barrier.arrive();
+}
+
+/// Lets the tiles go once what is staged there has been read.
+__device__ __forceinline__ void release_staged(MBarrier& barrier) {
+  if (threadIdx.x % kWarpSize != 0) return;
+  bulk_wait_read();
+  barrier.arrive();
 }
 
 }  // namespace dsm::sparse_prefill_sm90

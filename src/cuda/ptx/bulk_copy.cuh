@@ -44,4 +44,17 @@ __device__ __forceinline__ void tensor_multicast(void* shared, const CUtensorMap
       : "memory");
 }
 
+/// Stores a box of a tensor from shared memory; what is outside the tensor is not stored. bulk_commit ends a group of
+/// stores, and bulk_wait_read waits until the thread's groups have read their shared memory.
+__device__ __forceinline__ void tensor_store(const CUtensorMap& map, const void* shared, int c0, int c1, int c2, int c3,
+                                             L2Hint hint = L2Hint::kEvictNormal) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(&map),
+      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(static_cast<std::uint64_t>(hint))
+      : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 }  // namespace dsm::cuda
