@@ -14,6 +14,10 @@ namespace dsm {
 // 0. A score of −inf is no key; one of +inf, or NaN, makes its query's output and lse NaN. Arithmetic is in lse's
 // dtype, and each result is rounded once. Hopper's tensor cores take 16-bit operands: there the probabilities and the
 // values of quantised rows are rounded to q's dtype, and finite scores must be below 2^24 in magnitude.
+//
+// GPUs share the keys of a call between multiprocessors, which decides the order of sums. With batch_invariant the
+// requests are cut by their own lengths alone: the bits of a request are the same in any batch, at any place in it,
+// with any number of pages or of other requests. Few requests take longer then. On the CPU they always are the same.
 
 /// Attention of new tokens over a paged cache, with grouped query heads:
 ///
@@ -38,6 +42,7 @@ struct MlaDecodeArgs {
   TensorView k_scale;        ///< [] or [1] float32; absent: 1. FP8 caches only
   double softmax_scale = 1;
   bool causal = false;
+  bool batch_invariant = false;
   TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, d_v <= d_qk, rows and heads any distance apart
   TensorView lse;  ///< out [batch, h_q, s_q] contiguous
 };
@@ -67,6 +72,7 @@ struct SparseMlaDecodeArgs {
   TensorView extra_topk_length;  ///< as topk_length, for extra_indices
   TensorView attn_sink;          ///< [h_q] lse's dtype, ±inf allowed; absent: −inf
   double softmax_scale = 1;
+  bool batch_invariant = false;
   TensorView out;  ///< out [batch, s_q, h_q, d_v] q's dtype, d_v <= d_qk, rows and heads any distance apart
   TensorView lse;  ///< out [batch, h_q, s_q] contiguous
 };

@@ -9,12 +9,14 @@ namespace {
 // Thread blocks that run at the same time, what beginning and ending one costs in tiles of keys, and how many splits
 // cost the merging kernel as much as a tile. Of a large GPU (132 processors); elsewhere they are merely not the best.
 constexpr std::int64_t kBlocksOfFewRows = 264, kBlocksOfManyRows = 132, kOverheadTiles = 8, kSplitsPerTile = 16;
+constexpr int kInvariantSplits = 8;
 
 std::size_t element_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
 }  // namespace
 
 int GatheredWork::splits() const {
+  if (batch_invariant) return kInvariantSplits;
   const bool few = rows <= kMostOfFew;
   const std::int64_t slots = few ? kBlocksOfFewRows : kBlocksOfManyRows, rows_at_once = few ? kFewRows : kManyRows;
   const std::int64_t blocks = units * ((rows + rows_at_once - 1) / rows_at_once);

@@ -107,6 +107,7 @@ struct GatheredAttention {
   bool own_lists;  ///< each query has a list; otherwise a request has one
   bool causal;     ///< of requests' lists: the last query sees all keys, the one before it all but one, …
   double softmax_scale;
+  bool batch_invariant;
   const void* q;
   Strides q_strides;
   void* out;
@@ -133,7 +134,7 @@ struct GatheredAttention {
   __host__ __device__ std::int64_t rows() const { return queries() * group(); }
   __host__ __device__ std::int64_t units() const { return requests * (own_lists ? s_q : 1) * h_kv; }
   GatheredWork work() const {
-    return {units(), rows(), pools[0].listed + (pool_count > 1 ? pools[1].listed : 0), d_v, dtype};
+    return {units(), rows(), pools[0].listed + (pool_count > 1 ? pools[1].listed : 0), d_v, dtype, batch_invariant};
   }
 };
 

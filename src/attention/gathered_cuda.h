@@ -15,7 +15,8 @@ struct GatheredWork {
   std::int64_t rows;  ///< query rows of a unit
   std::int64_t keys;  ///< the most that a unit can have
   std::int64_t d_v;
-  DType dtype;  ///< of the queries
+  DType dtype;                   ///< of the queries
+  bool batch_invariant = false;  ///< units are split in the same way, whatever their number and the others' keys
 
   int splits() const;
   /// Of the parts' outputs and softmax states; 0 without a split.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "src/attention/split_kv.h"
+#include "src/cuda/ptx/barrier.cuh"
 #include "src/cuda/reduce/warp.cuh"
 
 namespace dsm::split_kv {
@@ -21,13 +22,145 @@ __device__ __forceinline__ int block_count(const Keys& keys, int request) {
 /// Shared memory that find_part needs while it runs.
 inline constexpr std::size_t scratch_bytes(std::int64_t batch) { return static_cast<std::size_t>(batch) * sizeof(int); }
 
+/// Stores one half of the columns of a strip of a piece, as a warp has them after products of 64 rows and 128 columns.
+__device__ __forceinline__ void store_values(const Workspace& to, int slot, int strip, int half,
+                                             const float (&columns)[2][64]) {
+  constexpr int kHalf = 32;  // accesses of 16 bytes of a warp
+  float4* at = reinterpret_cast<float4*>(to.values) +
+               ((std::int64_t{slot} * to.strips + strip) * 2 + half) * kHalf * cuda::kWarpSize +
+               threadIdx.x % cuda::kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float* from = &columns[i / 16][i % 16 * 4];
+    at[i * cuda::kWarpSize] = make_float4(from[0], from[1], from[2], from[3]);
+  }
+}
+/// Stores the state of one row of a strip: the reference point of its exponentials, base 2, and their sum.
+__device__ __forceinline__ void store_state(const Workspace& to, int slot, int strip, int row, float most, float sum) {
+  reinterpret_cast<float2*>(to.states)[(std::int64_t{slot} * to.strips + strip) * kStripRows + row] =
+      make_float2(most, sum);
+}
+
+/// Divides numbers below 2^31 by one of them, with one division for all.
+struct Reciprocal {
+  unsigned divisor, inverse;
+
+  __device__ explicit Reciprocal(unsigned d) : divisor(d), inverse(~0u / d) {}
+  __device__ int quotient(unsigned x) const {
+    const unsigned low = __umulhi(x, inverse);  // at most one too small
+    return static_cast<int>(low + (x - low * divisor >= divisor));
+  }
+  /// Rounded up.
+  __device__ int parts(unsigned x) const { return quotient(x + divisor - 1); }
+};
+
+/// How the keys are cut. Requests lie on a line in their order, and parts are stretches of the line of equal length.
+/// Either each request has parts of its own, as few as give none of them more blocks than the length, or requests
+/// follow each other, each after a gap of the overhead.
+class Line {
+ public:
+  /// Requests that follow each other make parts of `in_turn` blocks. For requests apart the parts are enough with
+  /// `alone` blocks in each, which is no worse while it is hardly more: there are fewer pieces.
+  __device__ Line(const Keys& keys, int in_turn, int alone)
+      : apart_(alone <= in_turn + in_turn / 32),
+        gap_(apart_ ? 0 : keys.overhead_blocks),
+        length_(apart_ ? alone : in_turn) {}
+
+  /// What a request takes of the line.
+  __device__ int stretch(int blocks) const { return apart_ ? max(length_.parts(blocks), 1) * length() : blocks + gap_; }
+  /// What a part has of the request that begins at a place of the line: blocks [begin, end), if any() of it.
+  struct Share {
+    int first, last;  ///< of what has an owner: the blocks, or the end of its gap if the request has none
+    int begin, end;
+    bool any;
+
+    __device__ int blocks() const { return any ? end - begin : 0; }
+  };
+  __device__ Share share(int part, int at, int blocks) const {
+    const int first = at + gap_ - (blocks == 0 && gap_ > 0),
+              last = at + gap_ + max(blocks, 1) - 1 - (first < at + gap_);
+    const int begin = part * length(), end = begin + length();
+    return {first, last, max(begin - at - gap_, 0), max(min(end - at - gap_, blocks), 0), first < end && last >= begin};
+  }
+  __device__ Pieces pieces(int at, const Share& share) const {
+    const int first_part = length_.quotient(share.first);
+    const bool begun = at > first_part * length() && !apart_;  // by the request before
+    return {2 * first_part + begun, length_.quotient(share.last) - first_part + 1};
+  }
+
+ private:
+  __device__ int length() const { return static_cast<int>(length_.divisor); }
+
+  bool apart_;
+  int gap_;
+  Reciprocal length_;
+};
+
+/// Sum of what the lanes before have.
+__device__ __forceinline__ int sum_before(int own) {
+  const int lane = threadIdx.x % cuda::kWarpSize;
+  int sum = own;
+#pragma unroll
+  for (int step = 1; step < cuda::kWarpSize; step *= 2) {
+    const int before = __shfl_up_sync(cuda::kAllLanes, sum, step);
+    if (lane >= step) sum += before;
+  }
+  return sum - own;
+}
+
+/// find_part where every part is a piece, of a length that follows from its request's own: every warp finds it.
+__device__ inline Part find_invariant_part(const Keys& keys, int part, Pieces* pieces) {
+  const int lane = threadIdx.x % cuda::kWarpSize;
+  Part found{keys.batch, -1, 0, 0, 0};
+  int at = 0;  // parts of the requests before
+#pragma unroll 1
+  for (int first = 0; first < keys.batch && (pieces || at <= part); first += cuda::kWarpSize) {
+    const bool there = first + lane < keys.batch;
+    const int blocks = there ? block_count(keys, first + lane) : 0;
+    const int length = max((blocks + kInvariantPieces - 1) / kInvariantPieces, kInvariantBlocks);
+    const int own = there ? max((blocks + length - 1) / length, 1) : 0, before = at + sum_before(own);
+    if (pieces && there && threadIdx.x < cuda::kWarpSize) pieces[first + lane] = {2 * before, own};
+    const unsigned its = __ballot_sync(cuda::kAllLanes, before <= part && part < before + own);
+    if (its) {
+      const int begin = (part - before) * length, end = min(begin + length, blocks), owner = __ffs(its) - 1;
+      found = {first + owner, first + owner, __shfl_sync(cuda::kAllLanes, begin, owner),
+               __shfl_sync(cuda::kAllLanes, end, owner), __shfl_sync(cuda::kAllLanes, end - begin, owner)};
+    }
+    at = __shfl_sync(cuda::kAllLanes, before + own, cuda::kWarpSize - 1);
+  }
+  return found;
+}
+
+/// find_part for up to 32 requests: every warp finds it for itself.
+__device__ inline Part find_part_of_few(const Keys& keys, int part, int parts, Pieces* pieces) {
+  const int lane = threadIdx.x % cuda::kWarpSize;
+  const bool there = lane < keys.batch;
+  const int blocks = there ? block_count(keys, lane) : 0;
+  const int all_blocks = __reduce_add_sync(cuda::kAllLanes, blocks);
+  const Reciprocal all_parts(parts);
+  const int in_turn = all_parts.parts(all_blocks + keys.batch * keys.overhead_blocks),
+            least = max(all_parts.parts(all_blocks), 1);
+  const Reciprocal tried(least + lane);
+  int needed = 0;
+#pragma unroll 1
+  for (int b = 0; b < keys.batch; ++b) needed += max(tried.parts(__shfl_sync(cuda::kAllLanes, blocks, b)), 1);
+  const unsigned enough = __ballot_sync(cuda::kAllLanes, needed <= parts);
+  const Line line(keys, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
+  const int at = sum_before(there ? line.stretch(blocks) : 0);
+  const Line::Share share = line.share(part, at, blocks);
+  if (pieces && there && threadIdx.x < cuda::kWarpSize) pieces[lane] = line.pieces(at, share);
+  const unsigned any = __ballot_sync(cuda::kAllLanes, there && share.any);
+  const int first = any ? __ffs(any) - 1 : keys.batch, last = any ? 31 - __clz(any) : -1;
+  const int begin = __shfl_sync(cuda::kAllLanes, share.begin, first & 31),
+            end = __shfl_sync(cuda::kAllLanes, share.end, last & 31);
+  return {first, last, begin, end, __reduce_add_sync(cuda::kAllLanes, there ? share.blocks() : 0)};
+}
+
 /// The part with number `part` of `parts`; all threads of the block call it, `scratch` is theirs until it returns, and
 /// all get the same. With `pieces`, the pieces of all requests are written there.
-///
-/// Requests lie on a line in their order, and parts are stretches of the line of equal length. Either each request
-/// has parts of its own, as few as give none of them more blocks than the length, or requests follow each other, each
-/// after a gap of the overhead: what makes the parts shorter.
 __device__ inline Part find_part(const Keys& keys, int part, int parts, void* scratch, Pieces* pieces) {
+  if (keys.batch_invariant) return find_invariant_part(keys, part, pieces);
+  if (keys.batch <= cuda::kWarpSize) return find_part_of_few(keys, part, parts, pieces);
   __shared__ Part found;
   __shared__ int all_blocks, own_parts[cuda::kWarpSize];
   auto* blocks = static_cast<int*>(scratch);
@@ -42,60 +175,45 @@ __device__ inline Part find_part(const Keys& keys, int part, int parts, void* sc
   __syncthreads();
 
   // Parts that requests need for themselves if these have so many blocks; each lane tries a number.
-  const int least = max((all_blocks + parts - 1) / parts, 1);
+  const Reciprocal all_parts(parts);
+  const int in_turn = all_parts.parts(all_blocks + keys.batch * keys.overhead_blocks),
+            least = max(all_parts.parts(all_blocks), 1);
+  const Reciprocal tried(least + lane);
   int needed = 0;
 #pragma unroll 1
-  for (int b = warp; b < keys.batch; b += blockDim.x / cuda::kWarpSize)
-    needed += max((blocks[b] + least + lane - 1) / (least + lane), 1);
+  for (int b = warp; b < keys.batch; b += blockDim.x / cuda::kWarpSize) needed += max(tried.parts(blocks[b]), 1);
   atomicAdd(&own_parts[lane], needed);
   __syncthreads();
 
   if (warp == 0) {
     const unsigned enough = __ballot_sync(cuda::kAllLanes, own_parts[lane] <= parts);
-    const int in_turn = (all_blocks + keys.batch * keys.overhead_blocks + parts - 1) / parts;
-    const int alone = enough ? least + __ffs(enough) - 1 : in_turn + 1;
-    const bool apart = alone <= in_turn;
-    const int length = apart ? alone : in_turn, gap = apart ? 0 : keys.overhead_blocks;
-    const auto stretch = [&](int b) {
-      return apart ? max((blocks[b] + length - 1) / length, 1) * length : blocks[b] + gap;
-    };
-    const int share = (keys.batch + cuda::kWarpSize - 1) / cuda::kWarpSize;
-    const int begin = min(lane * share, keys.batch), end = min(begin + share, keys.batch);
-    int at = 0;  // of a lane's requests
+    const Line line(keys, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
+    const int requests = (keys.batch + cuda::kWarpSize - 1) / cuda::kWarpSize;
+    const int begin = min(lane * requests, keys.batch), end = min(begin + requests, keys.batch);
+    int own = 0;
 #pragma unroll 1
-    for (int b = begin; b < end; ++b) at += stretch(b);
-    const int own = at;
-#pragma unroll
-    for (int step = 1; step < cuda::kWarpSize; step *= 2) {
-      const int before = __shfl_up_sync(cuda::kAllLanes, at, step);
-      if (lane >= step) at += before;
-    }
-    at -= own;
-    Part seen{keys.batch, -1, 0, 0};
+    for (int b = begin; b < end; ++b) own += line.stretch(blocks[b]);
+    int at = sum_before(own);
+    Part seen{keys.batch, -1, 0, 0, 0};
 #pragma unroll 1
     for (int b = begin; b < end; ++b) {
-      // A request without blocks has the end of its gap.
-      const int first = at + gap - (blocks[b] == 0 && gap > 0),
-                last = at + gap + max(blocks[b], 1) - 1 - (first < at + gap);
-      if (first < (part + 1) * length && last >= part * length) {
-        const int part_end = min((part + 1) * length - at - gap, blocks[b]);
-        if (seen.last_request < 0) seen.first_request = b, seen.first_block = max(part * length - at - gap, 0);
-        seen.last_request = b, seen.end_block = max(part_end, 0);
+      const Line::Share share = line.share(part, at, blocks[b]);
+      if (share.any) {
+        if (seen.last_request < 0) seen.first_request = b, seen.first_block = share.begin;
+        seen.last_request = b, seen.end_block = share.end, seen.blocks += share.blocks();
       }
-      if (pieces) {
-        const int first_part = first / length;
-        const bool begun = at > 0 && !apart && (at - 1) / length == first_part;  // by the request before
-        pieces[b] = {2 * first_part + begun, last / length - first_part + 1};
-      }
-      at += stretch(b);
+      if (pieces) pieces[b] = line.pieces(at, share);
+      at += line.stretch(blocks[b]);
     }
     const int first = __reduce_min_sync(cuda::kAllLanes, seen.first_request);
     const int last = __reduce_max_sync(cuda::kAllLanes, seen.last_request);
-    if (lane == 0) found = {first, last, 0, 0};
+    seen.blocks = __reduce_add_sync(cuda::kAllLanes, seen.blocks);
+    if (lane == 0) found = {first, last, 0, 0, seen.blocks};
     __syncwarp();
     if (first <= last && seen.first_request == first) found.first_block = seen.first_block;
     if (first <= last && seen.last_request == last) found.end_block = seen.end_block;
   }
+  cuda::fence_async_shared();  // the next in the scratch may be a bulk copy
   __syncthreads();
   return found;
 }

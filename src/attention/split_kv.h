@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,16 +12,18 @@ namespace dsm::split_kv {
 
 // Decoding with the keys of a request split between blocks of threads (CUDA). Keys come in blocks of equally many; all
 // blocks of all requests, in their order, are cut into `parts` runs of equal cost, where beginning a request costs some
-// blocks more; or every request has parts of its own, where that makes the longest part shorter. A part is computed by
-// one thread block for each tile of query rows. What a part computes of a request is a piece: a request of one piece is
-// finished by who computes it; the others' pieces go to the workspace, slot 2 · part or, when the part has begun with
-// another request, 2 · part + 1, and the combining kernel adds them up. Every thread block finds its own part
-// (split_kv.cuh): lengths are read on the device only, and nothing is planned beforehand.
+// blocks more; or every request has parts of its own, where these are hardly longer. A part is computed by
+// one thread block for each tile of query rows. For results that do not depend on the other requests, a part is one
+// piece, whose length follows from the request's own. What a part computes of a request is a piece: a request of one
+// piece is finished by who computes it; the others' pieces go to the workspace, slot 2 · part or, when the part has
+// begun with another request, 2 · part + 1, and the combining kernel adds them up. Every thread block finds its own
+// part (split_kv.cuh): lengths are read on the device only, and nothing is planned beforehand.
 
 /// What one part computes: requests first_request to last_request, of the first one from first_block on, of the last
-/// one the blocks before end_block, all blocks of those between. last_request < first_request: nothing.
+/// one the blocks before end_block, all blocks of those between; and how many these are. last_request < first_request:
+/// nothing.
 struct Part {
-  std::int32_t first_request, last_request, first_block, end_block;
+  std::int32_t first_request, last_request, first_block, end_block, blocks;
 };
 
 /// The pieces of a request: the first one's slot; those after it have slots 2 · (first_slot / 2 + i).
@@ -45,23 +48,55 @@ struct Keys {
   std::int32_t extra_keys;           ///< of the second cache; 0: none
   const std::int32_t* extra_length;  ///< [batch], or null
   std::int32_t overhead_blocks;      ///< what beginning a request costs a part, at least 1
+  bool batch_invariant;              ///< every request is cut by its own length alone
 };
 
-/// Device memory for the pieces of a call with `rows` query rows per request and values of d_v.
+/// Batch-invariant pieces have at least so many blocks, and a request at most so many of them.
+inline constexpr int kInvariantBlocks = 32, kInvariantPieces = 8;
+
+/// Parts for `tiles` tiles of query rows and up to `blocks` blocks of each request: as many as give each multiprocessor
+/// one part of one tile; or, batch-invariant, as many as there can be pieces.
+inline int parts_of(std::int64_t tiles, int multiprocessors, std::int64_t batch, std::int64_t blocks,
+                    bool batch_invariant) {
+  if (!batch_invariant) return static_cast<int>(std::max<std::int64_t>(multiprocessors / tiles, 1));
+  const std::int64_t most =
+      std::min<std::int64_t>((blocks + kInvariantBlocks - 1) / kInvariantBlocks, kInvariantPieces);
+  return static_cast<int>(batch * std::max<std::int64_t>(most, 1));
+}
+/// Whether a request can have several pieces.
+inline bool cuts_requests(int parts, std::int64_t batch, bool batch_invariant) {
+  return parts > (batch_invariant ? batch : 1);
+}
+
+/// A strip is 16 query rows: what a warp of a product of wgmma has. Where rows do not fill the last strip, or the last
+/// one of a group of them that a tile keeps apart, what is missing is there all the same.
+inline constexpr int kStripRows = 16;
+inline constexpr int kStripValues = kStripRows * 512;
+
+/// Device memory for the pieces of a call with `strips` strips of query rows per request and values of 512 columns, as
+/// threads of wgmma have them.
 struct Workspace {
+  int parts, strips;
   Pieces* pieces;  ///< [batch]
-  float* lse;      ///< [2 · parts, rows], base 2; −inf: no key in the piece, whose output is not read
-  float* out;      ///< [2 · parts, rows, d_v]
+  /// [2 · parts, strips, 16, 2]: reference point of the exponentials, base 2, and their sum; 0: no key, and values are
+  /// not read.
+  float* states;
+  /// [2 · parts, strips, 64, 32, 4]: columns 8 i + 2 q, + 1 of rows r and r + 8, for i below 64 and lane 4 r + q; not
+  /// divided by the sum.
+  float* values;
 
-  static std::size_t bytes(std::int64_t batch, int parts, std::int64_t rows, std::int64_t d_v);
-  static Workspace at(void* memory, std::int64_t batch, int parts, std::int64_t rows);
+  static std::size_t bytes(std::int64_t batch, int parts, std::int64_t strips);
+  static Workspace at(void* memory, std::int64_t batch, int parts, std::int64_t strips);
 };
+/// Strips of a request whose query rows, positions times heads, come in groups of `rows`.
+inline std::int64_t strips_of(std::int64_t groups, std::int64_t rows) {
+  return groups * ((rows + kStripRows - 1) / kStripRows);
+}
 
 /// Adds up the pieces of the requests that have several, as the kernel after the one that wrote them on the stream.
-/// Rows of a request are positions times heads. d_v is 512. out: [batch, s_q, h_q, d_v] float16|bfloat16, rows and
-/// heads any distance apart (16-byte aligned); lse: [batch, h_q, s_q], natural logarithm, +inf without keys; attn_sink:
-/// [h_q] float32 or absent.
-void combine(const char* operation, const Workspace& workspace, const TensorView& attn_sink, const TensorView& out,
-             const TensorView& lse, const Launch& launch);
+/// out: [batch, s_q, h_q, 512] float16|bfloat16, rows and heads any distance apart (16-byte aligned); lse: [batch, h_q,
+/// s_q], natural logarithm, +inf without keys; attn_sink: [h_q] float32 or absent.
+void combine(const char* operation, const Workspace& workspace, std::int64_t groups, const TensorView& attn_sink,
+             const TensorView& out, const TensorView& lse, const Launch& launch);
 
 }  // namespace dsm::split_kv

@@ -1,132 +1,262 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Bound by latency: of most calls few requests or none have several pieces. One launch after the writing kernel, which
-// lets it start early; then two dependent reads (how many pieces, and all of them at once).
+// Bound by latency where requests have many pieces, by the L2 where many requests have few. One launch after the
+// writing kernel, which lets it start early; then two dependent reads: how many pieces there are, and their states and
+// values.
 #include <cmath>
 
 #include "src/attention/split_kv.cuh"
 #include "src/cuda/copy/element.cuh"
-#include "src/cuda/copy/pack.cuh"
+#include "src/cuda/index/divider.cuh"
 #include "src/cuda/launch/launch.h"
+#include "src/cuda/ptx/arithmetic.cuh"
 #include "src/cuda/ptx/barrier.cuh"
 
 namespace dsm::split_kv {
 namespace {
 
+constexpr int kPacks = kStripValues / 4;                 // of a strip, of 4 values
+constexpr int kStepsOfStrip = kPacks / cuda::kWarpSize;  // of a warp through them
 constexpr int kWarps = 8;
-constexpr int kValues = 512;                             // d_v
-constexpr int kPacks = kValues / (cuda::kWarpSize * 4);  // of four values, of one lane
-constexpr int kAtOnce = 4;                               // pieces whose values are in flight
+constexpr int kMostOfFew = kInvariantPieces;  // batch-invariant pieces are added up in one way
+constexpr int kMostOfFewWarps = 32;           // pieces that half of the warps are enough for
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-/// Warps of a row take its pieces in turn; the first of them adds up their sums, in order.
+/// Where results go.
+template <class T>
+struct Results {
+  const float* attn_sink;
+  int rows;                   ///< of a group
+  cuda::Divider strips, h_q;  ///< strips of a group
+  int s_q;
+  T* out;
+  std::int64_t out_batch, out_position, out_head;  ///< strides
+  float* lse;
+};
+
+/// What a warp adds up: of a lane's two rows, 8 apart, the largest reference point of the exponentials, their sum, and
+/// values of kSteps steps, whose first two are the first row's.
+template <int kSteps>
+struct Sum {
+  float most[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  float4 values[kSteps] = {};
+
+  __device__ static float weight(float reference, float most) {
+    return cuda::power_of_two(reference - (most == -INFINITY ? 0 : most));
+  }
+  /// Changes the reference points.
+  __device__ void refer(const float (&to)[2]) {
+    const float factors[2] = {weight(most[0], to[0]), weight(most[1], to[1])};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) most[i] = to[i], total[i] *= factors[i];
+#pragma unroll
+    for (float4& x : values) x.x *= factors[0], x.y *= factors[0], x.z *= factors[1], x.w *= factors[1];
+  }
+  /// Adds a piece with the states of both rows, reference points −∞ where there is no key: what stands there is no
+  /// value.
+  __device__ void add(const float2 (&states)[2], const float4 (&piece)[kSteps]) {
+    const float w[2] = {weight(states[0].x, most[0]), weight(states[1].x, most[1])};
+    total[0] += w[0] * states[0].y, total[1] += w[1] * states[1].y;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      float4& x = values[step];
+      if (w[0] != 0) x.x += w[0] * piece[step].x, x.y += w[0] * piece[step].y;
+      if (w[1] != 0) x.z += w[1] * piece[step].z, x.w += w[1] * piece[step].w;
+    }
+  }
+};
+
+/// Adds up pieces `turn`, turn + turns, … of steps of a strip, of which kAtOnce are in flight.
+template <int kSteps, int kAtOnce>
+__device__ __forceinline__ Sum<kSteps> add_pieces(const Workspace& from, Pieces pieces, int turn, int turns, int strip,
+                                                  int first_step) {
+  const int lane = threadIdx.x % cuda::kWarpSize;
+  const std::int64_t step_rows = from.strips * kStripRows, step_packs = std::int64_t{from.strips} * kPacks;
+  std::int64_t slot = pieces.slot(turn);
+  Sum<kSteps> sum;
+#pragma unroll 1
+  for (int i = turn; i < pieces.count; i += kAtOnce * turns) {
+    float2 its[kAtOnce][2];
+    float4 piece[kAtOnce][kSteps];
+    // The slots of a warp's pieces are equally far apart, but perhaps the first one's.
+    const std::int64_t next = pieces.slot(i + turns);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const bool there = k == 0 || i + k * turns < pieces.count;
+      const std::int64_t its_slot = there && k > 0 ? next + (k - 1) * 2 * turns : slot;
+      const float2* state =
+          reinterpret_cast<const float2*>(from.states) + its_slot * step_rows + strip * kStripRows + lane / 4;
+      its[k][0] = state[0], its[k][1] = state[8];
+      if (!there) its[k][0].y = its[k][1].y = 0;
+      const float4* pack = reinterpret_cast<const float4*>(from.values) + its_slot * step_packs + strip * kPacks +
+                           first_step * cuda::kWarpSize + lane;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) piece[k][step] = pack[step * cuda::kWarpSize];
+    }
+    slot = next + (kAtOnce - 1) * 2 * turns;
+    float most[2] = {sum.most[0], sum.most[1]};
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (its[k][row].y == 0) its[k][row].x = -INFINITY;
+        most[row] = fmaxf(most[row], its[k][row].x);
+      }
+    sum.refer(most);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sum.add(its[k], piece[k]);
+  }
+  return sum;
+}
+
+/// One of the two rows of a lane.
+template <class T>
+struct Row {
+  bool inside;
+  int position, head;
+
+  __device__ Row(const Results<T>& to, int strip, int i) {
+    const int group = static_cast<int>(to.strips.quotient(strip));
+    const int row = (strip - group * static_cast<int>(to.strips.divisor())) * kStripRows +
+                    threadIdx.x % cuda::kWarpSize / 4 + 8 * i;
+    inside = row < to.rows;
+    position = static_cast<int>(to.h_q.quotient(group * to.rows + row));
+    head = group * to.rows + row - position * static_cast<int>(to.h_q.divisor());
+  }
+  __device__ T* out(const Results<T>& to, int request) const {
+    return to.out + request * to.out_batch + position * to.out_position + head * to.out_head;
+  }
+  /// The factor of the values; writes lse if asked.
+  __device__ float finish(const Results<T>& to, int request, float most, float total, bool writes) const {
+    const bool keys = total != 0;
+    if (writes && inside && threadIdx.x % 4 == 0)
+      to.lse[(std::int64_t{request} * to.h_q.divisor() + head) * to.s_q + position] =
+          keys ? (most + log2f(total)) * static_cast<float>(M_LN2) : INFINITY;
+    const float sink =
+        to.attn_sink && inside ? cuda::power_of_two(to.attn_sink[head] * static_cast<float>(M_LOG2E) - most) : 0;
+    return keys ? __fdividef(1, total + sink) : 0;
+  }
+};
+
+/// Of requests with few pieces: a warp has four steps of a strip.
 template <class T>
 __global__ void __launch_bounds__(kWarps* cuda::kWarpSize)
-    split_kv_combine_cuda_kernel(Workspace from, const float* attn_sink, int rows_of_block, int s_q, int h_q, T* out,
-                                 std::int64_t out_batch, std::int64_t out_position, std::int64_t out_head, float* lse) {
-  __shared__ float4 sums[kWarps][kPacks][cuda::kWarpSize];
+    split_kv_combine_few_cuda_kernel(Workspace from, Results<T> to) {
+  constexpr int kSteps = 4;
+  const int request = blockIdx.y, at = blockIdx.x * kWarps + threadIdx.x / cuda::kWarpSize;
+  const int strip = at / (kStepsOfStrip / kSteps), first_step = at % (kStepsOfStrip / kSteps) * kSteps;
+  const Row<T> rows[2] = {{to, strip, 0}, {to, strip, 1}};
+  cuda::await_previous_kernel();
+  const Pieces pieces = from.pieces[request];
+  if (pieces.count <= 1 || strip >= from.strips) return;
+  const Sum<kSteps> sum = add_pieces<kSteps, 2>(from, pieces, 0, 1, strip, first_step);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float scale = rows[i].finish(to, request, sum.most[i], sum.total[i], first_step == 0);
+    std::uint32_t pairs[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const float4& x = sum.values[step];
+      pairs[step] = cuda::rounded_pair<T>((i == 0 ? x.x : x.z) * scale, (i == 0 ? x.y : x.w) * scale);
+    }
+    cuda::transpose_quad(pairs);  // 8 columns of a step
+    if (rows[i].inside)
+      reinterpret_cast<uint4*>(rows[i].out(to, request) + first_step * 8)[threadIdx.x % 4] =
+          make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
+
+/// Of requests with many pieces: the warps of a block take the pieces of some steps of a strip in turn; then each
+/// step's sums are added up in order by one of them, which has them all in flight.
+template <class T, int kSteps, int kWarps>
+__global__ void __launch_bounds__(kWarps* cuda::kWarpSize, 16 / kWarps)
+    split_kv_combine_many_cuda_kernel(Workspace from, Results<T> to) {
+  __shared__ float4 values[kWarps][kSteps][cuda::kWarpSize];
+  __shared__ float4 states[kWarps][cuda::kWarpSize];  // of the lane's two rows
   const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
-  const int warps_of_row = kWarps / rows_of_block, turn = warp % warps_of_row;
-  const int rows = s_q * h_q, row = blockIdx.x * rows_of_block + warp / warps_of_row, request = blockIdx.y;
+  const int first_step = blockIdx.x * kSteps, strip = blockIdx.y, request = blockIdx.z;
+  const Row<T> rows[2] = {{to, strip, 0}, {to, strip, 1}};
   cuda::await_previous_kernel();
   const Pieces pieces = from.pieces[request];
   if (pieces.count <= 1) return;
-  const bool inside = row < rows;
-
-  float most = -INFINITY, total = 0;
-  bool nan = false;
-  for (int i = lane; inside && i < pieces.count; i += cuda::kWarpSize) {
-    const float lse_of_piece = from.lse[std::int64_t{pieces.slot(i)} * rows + row];
-    most = fmaxf(most, lse_of_piece), nan |= isnan(lse_of_piece);
+  {
+    const auto sum = add_pieces<kSteps, kSteps == 1 ? 6 : 3>(from, pieces, warp, kWarps, strip, first_step);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) values[warp][step][lane] = sum.values[step];
+    states[warp][lane] = {sum.most[0], sum.total[0], sum.most[1], sum.total[1]};
   }
-  most = __any_sync(cuda::kAllLanes, nan) ? NAN : cuda::warp_max(most);
-  const bool keys = most != -INFINITY;
-  float4 sum[kPacks] = {};
-  for (int begin = 0; inside && keys && begin < pieces.count; begin += cuda::kWarpSize) {
-    // A lane has the weight of one piece.
-    const bool piece = begin + lane < pieces.count;
-    const float weight = piece ? exp2f(from.lse[std::int64_t{pieces.slot(begin + lane)} * rows + row] - most) : 0;
-    total += cuda::lane_group_sum(weight);
-    for (int i = turn; i < cuda::kWarpSize && begin + i < pieces.count; i += warps_of_row * kAtOnce) {
-      float4 packs[kAtOnce][kPacks];
-      float weights[kAtOnce];
+  __syncthreads();
+  if (warp >= kSteps) return;
+  float4 its[kWarps];
+  float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int at = i + k * warps_of_row;
-        weights[k] = __shfl_sync(cuda::kAllLanes, weight, at & 31);
-        if (at >= cuda::kWarpSize) weights[k] = 0;
-        const auto* values = reinterpret_cast<const float4*>(
-            from.out + (std::int64_t{pieces.slot(min(begin + at, pieces.count - 1))} * rows + row) * kValues);
-#pragma unroll
-        for (int pack = 0; pack < kPacks; ++pack)
-          if (weights[k] > 0) packs[k][pack] = values[pack * cuda::kWarpSize + lane];
-      }
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        if (!(weights[k] > 0)) continue;
-#pragma unroll
-        for (int pack = 0; pack < kPacks; ++pack) {
-          sum[pack].x += weights[k] * packs[k][pack].x, sum[pack].y += weights[k] * packs[k][pack].y;
-          sum[pack].z += weights[k] * packs[k][pack].z, sum[pack].w += weights[k] * packs[k][pack].w;
-        }
-      }
-    }
+  for (int i = 0; i < kWarps; ++i) {
+    its[i] = states[i][lane];
+    most[0] = fmaxf(most[0], its[i].x), most[1] = fmaxf(most[1], its[i].z);
   }
-  if (warps_of_row > 1) {
+  Sum<1> sum;
+  sum.refer(most);
 #pragma unroll
-    for (int pack = 0; pack < kPacks; ++pack) sums[warp][pack][lane] = sum[pack];
-    __syncthreads();
-    if (turn != 0) return;
-    for (int other = 1; other < warps_of_row; ++other) {
+  for (int i = 0; i < kWarps; ++i) sum.add({{its[i].x, its[i].y}, {its[i].z, its[i].w}}, {values[i][warp][lane]});
+  const float4& x = sum.values[0];
 #pragma unroll
-      for (int pack = 0; pack < kPacks; ++pack) {
-        const float4 more = sums[warp + other][pack][lane];
-        sum[pack].x += more.x, sum[pack].y += more.y, sum[pack].z += more.z, sum[pack].w += more.w;
-      }
-    }
-  }
-  if (!inside) return;
-  const int position = row / h_q, head = row % h_q;
-  if (lane == 0)
-    lse[(std::int64_t{request} * h_q + head) * s_q + position] =
-        keys ? (most + log2f(total)) * static_cast<float>(M_LN2) : INFINITY;
-  const float sink = attn_sink ? exp2f(attn_sink[head] * static_cast<float>(M_LOG2E) - most) : 0;
-  const float scale = keys ? 1 / (total + sink) : 0;
-  T* to = out + request * out_batch + position * out_position + head * out_head;
-#pragma unroll
-  for (int pack = 0; pack < kPacks; ++pack) {
-    const float scaled[4] = {sum[pack].x * scale, sum[pack].y * scale, sum[pack].z * scale, sum[pack].w * scale};
-    cuda::store_narrowed(to + (pack * cuda::kWarpSize + lane) * 4, scaled);
+  for (int i = 0; i < 2; ++i) {
+    const float scale = rows[i].finish(to, request, sum.most[i], sum.total[i], first_step + warp == 0);
+    if (rows[i].inside)
+      reinterpret_cast<std::uint32_t*>(rows[i].out(to, request) + (first_step + warp) * 8)[lane % 4] =
+          cuda::rounded_pair<T>((i == 0 ? x.x : x.z) * scale, (i == 0 ? x.y : x.w) * scale);
   }
 }
 
 }  // namespace
 
-std::size_t Workspace::bytes(std::int64_t batch, int parts, std::int64_t rows, std::int64_t d_v) {
-  const std::size_t slots_rows = static_cast<std::size_t>(2) * parts * rows;
-  return aligned(batch * sizeof(Pieces)) + aligned(slots_rows * sizeof(float)) + slots_rows * d_v * sizeof(float);
+std::size_t Workspace::bytes(std::int64_t batch, int parts, std::int64_t strips) {
+  const std::size_t slots_strips = static_cast<std::size_t>(2) * parts * strips;
+  return aligned(batch * sizeof(Pieces)) + slots_strips * (kStripRows * sizeof(float2) + kStripValues * sizeof(float));
 }
 
-Workspace Workspace::at(void* memory, std::int64_t batch, int parts, std::int64_t rows) {
+Workspace Workspace::at(void* memory, std::int64_t batch, int parts, std::int64_t strips) {
   auto* bytes = static_cast<std::byte*>(memory);
-  Workspace result;
+  Workspace result{.parts = parts, .strips = static_cast<int>(strips)};
   result.pieces = reinterpret_cast<Pieces*>(bytes), bytes += aligned(batch * sizeof(Pieces));
-  result.lse = reinterpret_cast<float*>(bytes),
-  bytes += aligned(static_cast<std::size_t>(2) * parts * rows * sizeof(float));
-  result.out = reinterpret_cast<float*>(bytes);
+  result.states = reinterpret_cast<float*>(bytes),
+  bytes += static_cast<std::size_t>(2) * parts * strips * kStripRows * sizeof(float2);
+  result.values = reinterpret_cast<float*>(bytes);
   return result;
 }
 
-void combine(const char* operation, const Workspace& workspace, const TensorView& attn_sink, const TensorView& out,
-             const TensorView& lse, const Launch& launch) {
-  const std::int64_t batch = out.size(0), rows = out.size(1) * out.size(2);
-  const int rows_of_block = batch * rows <= 2048 ? 1 : kWarps;
-  const dim3 grid(cuda::ceil_div<std::int64_t>(rows, rows_of_block), batch);
+void combine(const char* operation, const Workspace& workspace, std::int64_t groups, const TensorView& attn_sink,
+             const TensorView& out, const TensorView& lse, const Launch& launch) {
+  const std::int64_t batch = out.size(0);
+  const std::int64_t pieces = cuda::ceil_div<std::int64_t>(workspace.parts, batch);
   const auto run = [&]<class T>() {
-    cuda::launch_dependent(operation, split_kv_combine_cuda_kernel<T>, grid, dim3(kWarps * cuda::kWarpSize), 0, launch,
-                           workspace, attn_sink.as<const float>(), rows_of_block, static_cast<int>(out.size(1)),
-                           static_cast<int>(out.size(2)), out.as<T>(), out.stride[0], out.stride[1], out.stride[2],
-                           lse.as<float>());
+    const auto rows = static_cast<int>(out.size(1) * out.size(2) / groups);
+    const Results<T> results{.attn_sink = attn_sink.as<const float>(),
+                             .rows = rows,
+                             .strips = cuda::Divider(static_cast<std::uint32_t>(strips_of(1, rows))),
+                             .h_q = cuda::Divider(static_cast<std::uint32_t>(out.size(2))),
+                             .s_q = static_cast<int>(out.size(1)),
+                             .out = out.as<T>(),
+                             .out_batch = out.stride[0],
+                             .out_position = out.stride[1],
+                             .out_head = out.stride[2],
+                             .lse = lse.as<float>()};
+    const auto start = [&](auto* kernel, dim3 grid, int warps) {
+      cuda::launch_dependent(operation, kernel, grid, dim3(warps * cuda::kWarpSize), 0, launch, workspace, results);
+    };
+    const auto many = [&]<int kSteps, int kWarps>() {
+      start(split_kv_combine_many_cuda_kernel<T, kSteps, kWarps>, dim3(kStepsOfStrip / kSteps, workspace.strips, batch),
+            kWarps);
+    };
+    if (pieces <= kMostOfFew)
+      start(split_kv_combine_few_cuda_kernel<T>,
+            dim3(cuda::ceil_div(workspace.strips * kStepsOfStrip / 4, kWarps), batch), kWarps);
+    else if (batch * workspace.strips <= 2)  // too few blocks otherwise
+      many.template operator()<1, 8>();
+    else if (pieces <= kMostOfFewWarps)
+      many.template operator()<4, 4>();
+    else
+      many.template operator()<4, 8>();
   };
   out.dtype == DType::bfloat16 ? run.operator()<bfloat16>() : run.operator()<float16>();
 }

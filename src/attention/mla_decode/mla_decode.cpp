@@ -94,7 +94,8 @@ std::size_t mla_decode_workspace(const MlaDecodeArgs& a) {
                                               .rows = a.q.size(1) * (a.q.size(2) / h_kv),
                                               .keys = a.block_table.size(1) * a.k_cache.size(1),
                                               .d_v = a.out.size(3),
-                                              .dtype = a.q.dtype}
+                                              .dtype = a.q.dtype,
+                                              .batch_invariant = a.batch_invariant}
                           .workspace_bytes();
 #if DSM_WITH_CUDA
   if (mla_decode_sm90_refusal(a).empty()) bytes = std::max(bytes, mla_decode_sm90_workspace(a));

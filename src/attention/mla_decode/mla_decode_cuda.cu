@@ -30,6 +30,7 @@ void mla_decode_cuda(const MlaDecodeArgs& a, const Launch& launch) {
                                    .own_lists = false,
                                    .causal = a.causal,
                                    .softmax_scale = a.softmax_scale,
+                                   .batch_invariant = a.batch_invariant,
                                    .q = a.q.data,
                                    .q_strides = attention::strides(a.q),
                                    .out = a.out.data,

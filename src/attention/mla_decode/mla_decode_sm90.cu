@@ -34,25 +34,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cuda::fence_barrier_init();
   }
-  const split_kv::Part part = split_kv::find_part(params.keys, part_number, gridDim.y, shared.k,
+  __syncwarp();
+  if constexpr (kPair) cuda::cluster_arrive();
+  const split_kv::Part part = split_kv::find_part(params.keys, part_number, gridDim.y, shared.q,
                                                   part_number + first_row == 0 ? params.workspace.pieces : nullptr);
-  cuda::fence_async_shared();
+  cuda::release_next_kernel();
   if constexpr (kPair)
-    cuda::cluster_sync();
+    cuda::cluster_wait();
   else
     __syncthreads();
+
+  // The first block is asked for here: the instructions of this thread alone, elsewhere, are not in any cache yet.
+  Copier<kPair> copier(params, maps, part, first_row, rank, shared);
+  if (copies && copier.more()) copier.copy();
 
   if (threadIdx.x >= 2 * kWarpgroup) {
     cuda::give_registers<40>();
     if (copies) {
-      produce<kPair>(params, maps, part, first_row, rank, shared);
+      while (copier.more()) copier.copy();
     } else if (threadIdx.x >= 2 * kWarpgroup + 32) {
       finish_empty<T>(params, part, first_row, threadIdx.x - 2 * kWarpgroup - 32, kWarpgroup - 32);
     }
   } else {
     cuda::take_registers<232>();
     Consumer<T, kPair>(params, shared, 2 * part_number, part.first_request, first_row, rank).run(part);
-    cuda::release_next_kernel();
   }
   if constexpr (kPair) {
     __syncwarp();
@@ -66,9 +71,9 @@ constexpr int kOverheadBlocks = 1;         // what beginning a request costs
 
 std::int64_t tiles_of(const MlaDecodeArgs& a) { return cuda::ceil_div<std::int64_t>(a.q.size(1) * a.q.size(2), kRows); }
 
-/// Parts of the keys, so that each multiprocessor has one part with one tile of queries.
-int parts_of(std::int64_t tiles, int multiprocessors) {
-  return static_cast<int>(std::max<std::int64_t>(multiprocessors / tiles, 1));
+int parts_of(const MlaDecodeArgs& a, int multiprocessors) {
+  return split_kv::parts_of(tiles_of(a), multiprocessors, a.q.size(0),
+                            a.block_table.size(1) * a.k_cache.size(1) / kRows, a.batch_invariant);
 }
 
 template <class T>
@@ -76,7 +81,7 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
   const char* operation = "mla_decode";
   const std::int64_t batch = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), rows = s_q * h_q, tiles = tiles_of(a);
   const std::int64_t page_size = a.k_cache.size(1), pages = a.k_cache.size(0);
-  const int parts = parts_of(tiles, std::min(cuda::multiprocessors(operation), kMostMultiprocessors));
+  const int parts = parts_of(a, std::min(cuda::multiprocessors(operation), kMostMultiprocessors));
   const auto& q = a.q.stride;
   const std::int64_t q_row = h_q > 1 ? q[2] : s_q > 1 ? q[1] : kQkColumns;
   const std::int64_t q_batch = batch > 1 ? q[0] : rows * kQkColumns,
@@ -92,8 +97,9 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
                  .length = a.cache_seqlens.as<const std::int32_t>(),
                  .extra_keys = 0,
                  .extra_length = nullptr,
-                 .overhead_blocks = kOverheadBlocks};
-  params.workspace = split_kv::Workspace::at(on.workspace, batch, parts, rows);
+                 .overhead_blocks = kOverheadBlocks,
+                 .batch_invariant = a.batch_invariant};
+  params.workspace = split_kv::Workspace::at(on.workspace, batch, parts, split_kv::strips_of(1, rows));
   params.block_table = a.block_table.as<const std::int32_t>();
   params.table_stride = a.block_table.stride[0];
   params.page_blocks = static_cast<std::int32_t>(page_size / kRows);
@@ -115,7 +121,8 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
   cuda::allow_shared_bytes(operation, kernel, kSharedBytes);
   cuda::launch_clusters(operation, kernel, dim3(tiles, parts), dim3(kThreads), pair ? 2 : 1, kSharedBytes, on, params,
                         maps);
-  if (parts > 1) split_kv::combine(operation, params.workspace, TensorView(), a.out, a.lse, on);
+  if (split_kv::cuts_requests(parts, batch, a.batch_invariant))
+    split_kv::combine(operation, params.workspace, 1, TensorView(), a.out, a.lse, on);
 }
 
 bool aligned(const TensorView& tensor) {
@@ -151,9 +158,10 @@ Reason mla_decode_sm90_refusal(const MlaDecodeArgs& a) {
 std::size_t mla_decode_sm90_workspace(const MlaDecodeArgs& args) {
   using namespace dense_decode;
   if (args.lse.numel() == 0 || !mla_decode_sm90_refusal(args).empty()) return 0;
-  const int parts = parts_of(tiles_of(args), kMostMultiprocessors);
-  const std::int64_t rows = parts > 1 ? args.q.size(1) * args.q.size(2) : 0;  // of one part no request is cut
-  return split_kv::Workspace::bytes(args.q.size(0), parts, rows, kVColumns);
+  const int parts = parts_of(args, kMostMultiprocessors);
+  const bool cuts = split_kv::cuts_requests(parts, args.q.size(0), args.batch_invariant);
+  return split_kv::Workspace::bytes(args.q.size(0), parts,
+                                    cuts ? split_kv::strips_of(1, args.q.size(1) * args.q.size(2)) : 0);
 }
 
 void mla_decode_sm90(const MlaDecodeArgs& args, const Launch& launch) {

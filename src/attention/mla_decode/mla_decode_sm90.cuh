@@ -73,7 +73,7 @@ struct Shared {
   cuda::MBarrier k_full[2][kQuarters + 1];  ///< quarters of the values, the last tile
   cuda::MBarrier k_empty[2][kQuarters];     ///< the last tile goes with the last quarter of who reads P from it
 };
-static_assert(sizeof(Shared::k) >= split_kv::scratch_bytes(kMaxBatch));
+static_assert(sizeof(Shared::q) >= split_kv::scratch_bytes(kMaxBatch));
 /// The hardware has the buffer begin at a multiple of 16 bytes only.
 inline constexpr std::size_t kSharedBytes = sizeof(Shared) + 1024;
 
@@ -101,78 +101,93 @@ struct Maps {
 class Blocks {
  public:
   __device__ Blocks(const split_kv::Keys& keys, const split_kv::Part& part)
-      : keys_(keys), part_(part), request_(part.first_request - 1) {
-    next_request();
-  }
-  __device__ bool more() const { return request_ <= part_.last_request; }
+      : keys_(keys), part_(part), request_(part.first_request - 1) {}
   __device__ Block next() {
+    while (index_ == end_) next_request();
     Block block{request_, count_, index_, whole_ ? Block::kWhole : 0};
     if (index_ == begin_) block.is |= Block::kFirst, ++pieces_;
     if (pieces_ % 2 == 0) block.is |= Block::kOddPiece;
-    if (++index_ == end_) block.is |= Block::kLast, next_request();
-    if (more()) block.is |= Block::kNext;
+    if (++index_ == end_) block.is |= Block::kLast;
+    if (++done_ < part_.blocks) block.is |= Block::kNext;
+    if (done_ + 1 < part_.blocks) block.is |= Block::kNextButOne;
     return block;
   }
 
  private:
   __device__ void next_request() {
-    do {
-      if (++request_ > part_.last_request) return;
-      count_ = split_kv::key_count(keys_.keys, keys_.length, request_);
-      const int blocks = (count_ + kRows - 1) / kRows;
-      begin_ = index_ = request_ == part_.first_request ? part_.first_block : 0;
-      end_ = request_ == part_.last_request ? part_.end_block : blocks;
-      whole_ = begin_ == 0 && end_ == blocks;
-    } while (begin_ == end_);
+    ++request_;
+    count_ = split_kv::key_count(keys_.keys, keys_.length, request_);
+    const int blocks = (count_ + kRows - 1) / kRows;
+    begin_ = index_ = request_ == part_.first_request ? part_.first_block : 0;
+    end_ = request_ == part_.last_request ? part_.end_block : blocks;
+    whole_ = begin_ == 0 && end_ == blocks;
   }
 
   const split_kv::Keys& keys_;
   const split_kv::Part& part_;
-  int request_, count_ = 0, begin_ = 0, end_ = 0, index_ = 0, pieces_ = 0;
+  int request_, count_ = 0, begin_ = 0, end_ = 0, index_ = 0, pieces_ = 0, done_ = 0;
   bool whole_ = false;
 };
 
 /// The work of the copying thread. The tiles of keys are copied by the blocks of a pair in turn, for both.
 template <bool kPair>
-__device__ __forceinline__ void produce(const Params& params, const Maps& maps, const split_kv::Part& part,
-                                        int first_row, int rank, Shared& shared) {
-  Blocks blocks(params.keys, part), following(params.keys, part);
-  const auto load_q = [&](int request, bool odd) {
-    shared.q_empty.wait(!odd);  // which the first piece passes at once
-    shared.q_full.arrive_expecting(kTiles * kTileBytes);
-    cuda::tensor_load(shared.q, maps.q, 0, first_row, 0, request, shared.q_full, cuda::L2Hint::kEvictFirst);
-  };
-  if (following.more()) following.next();
-  for (int n = 0; blocks.more(); ++n) {
-    Block block = blocks.next();
-    if (following.more()) following.next();
-    if (following.more()) block.is |= Block::kNextButOne;
-    shared.blocks[n & 3] = block;  // seen by who waits for a tile of it
-    const bool odd = block.is & Block::kOddPiece;
-    const int page = params.block_table[block.request * params.table_stride + block.index / params.page_blocks];
-    const int row = block.index % params.page_blocks * kRows, buffer = n & 1;
-    const auto load = [&](const CUtensorMap& map, int tile, int tiles, cuda::MBarrier& full) {
+class Copier {
+ public:
+  __device__ Copier(const Params& params, const Maps& maps, const split_kv::Part& part, int first_row, int rank,
+                    Shared& shared)
+      : params_(params),
+        maps_(maps),
+        shared_(shared),
+        first_row_(first_row),
+        rank_(rank),
+        left_(part.blocks),
+        blocks_(params.keys, part) {}
+
+  /// Whether there is a block that was not copied.
+  __device__ bool more() const { return left_ > 0; }
+  /// Copies the next block of keys, as its quarters in the buffer are released; and the queries with a request's first.
+  __device__ __forceinline__ void copy() {
+    const Block block = blocks_.next();
+    const int page = params_.block_table[block.request * params_.table_stride + block.index / params_.page_blocks];
+    const int row = block.index % params_.page_blocks * kRows, buffer = n_ & 1;
+    shared_.blocks[n_ & 3] = block;  // seen by who waits for a tile of it
+    const auto copy_keys = [&](const CUtensorMap& map, int tile, int tiles, cuda::MBarrier& full) {
       full.arrive_expecting(tiles * kTileBytes);
-      void* to = shared.k[buffer][tile].bytes;
+      void* to = shared_.k[buffer][tile].bytes;
       if constexpr (!kPair)
         cuda::tensor_load(to, map, 0, row, tile, page, full, cuda::L2Hint::kEvictFirst);
-      else if ((tile / 2 + n) % 2 == rank)
+      else if ((tile / 2 + n_) % 2 == rank_)
         cuda::tensor_multicast(to, map, 0, row, tile, page, full, 3, cuda::L2Hint::kEvictFirst);
     };
-    const auto load_half = [&](int half) {
+    const auto copy_half = [&](int half) {
       for (int quarter = 2 * half; quarter < 2 * half + 2; ++quarter) {
-        shared.k_empty[buffer][quarter].wait(~(n >> 1) & 1);  // which the first two blocks pass at once
-        load(maps.k, 2 * quarter, 2, shared.k_full[buffer][quarter]);
+        if (n_ > 1) shared_.k_empty[buffer][quarter].wait(~(n_ >> 1) & 1);
+        copy_keys(maps_.k, 2 * quarter, 2, shared_.k_full[buffer][quarter]);
       }
     };
     // In the order in which they are released and read.
-    if (n == 0) load_q(block.request, odd);
-    load_half(buffer);
-    if (n > 0 && block.is & Block::kFirst) load_q(block.request, odd);
-    load_half(1 - buffer);
-    load(maps.k_last, kTiles - 1, 1, shared.k_full[buffer][kQuarters]);
+    if (n_ == 0) copy_queries(block);
+    copy_half(buffer);
+    if (n_ > 0 && block.is & Block::kFirst) copy_queries(block);
+    copy_half(1 - buffer);
+    copy_keys(maps_.k_last, kTiles - 1, 1, shared_.k_full[buffer][kQuarters]);
+    ++n_, --left_;
   }
-}
+
+ private:
+  __device__ void copy_queries(const Block& block) {
+    shared_.q_empty.wait(!(block.is & Block::kOddPiece));  // which the first piece passes at once
+    shared_.q_full.arrive_expecting(kTiles * kTileBytes);
+    cuda::tensor_load(shared_.q, maps_.q, 0, first_row_, 0, block.request, shared_.q_full, cuda::L2Hint::kEvictFirst);
+  }
+
+  const Params& params_;
+  const Maps& maps_;
+  Shared& shared_;
+  const int first_row_, rank_;
+  int n_ = 0, left_;
+  Blocks blocks_;
+};
 
 /// Requests without keys: output 0 and lse +inf, by `threads` threads.
 template <class T>

@@ -85,8 +85,8 @@ class Consumer {
   }
   /// O from reference points to the rows' own ones.
   __device__ void scale_values(const float (&before)[2]);
-  /// O divided by the sum of the exponentials, and lse; of the request or of what the part computes of it. By way of
-  /// this warpgroup's half of the buffer, which nobody needs any more.
+  /// O divided by the sum of the exponentials, and lse; of the request, by way of this warpgroup's half of the buffer,
+  /// which nobody needs any more, or of what the part computes of it.
   __device__ void store(int n, const Block& block, const float (&m)[2], const float (&l)[2]);
 
   const Params& params_;
@@ -248,7 +248,6 @@ __device__ __forceinline__ void Consumer<T, kPair>::clear_values(int n, int seen
 template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::store(int n, const Block& block, const float (&m)[2],
                                                           const float (&l)[2]) {
-  cuda::named_sync(3 + group_, kWarpgroup);  // all warps have read the values
   const int warp = threadIdx.x % kWarpgroup / 32, column = group_ * kHalf * 64, quad = lane_ % 4;
   const int warp_row = first_row_ + warp * 16, rows = min(params_.rows - warp_row, 16);
   const int slot = part_slot_ + (block.request != first_request_);
@@ -262,6 +261,7 @@ __device__ __forceinline__ void Consumer<T, kPair>::store(int n, const Block& bl
     factor[i] = sums[i] == 0 ? 0 : 1 / sums[i];  // 0: no keys
   }
   if (block.is & Block::kWhole) {
+    cuda::named_sync(3 + group_, kWarpgroup);  // all warps have read the values
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -278,45 +278,25 @@ __device__ __forceinline__ void Consumer<T, kPair>::store(int n, const Block& bl
       reinterpret_cast<uint4*>(static_cast<T*>(params_.out) + place.out + column)[lane_] =
           *reinterpret_cast<const uint4*>(staged(of_warp, lane_));
     }
-  } else {
-    float* to = params_.workspace.out + (std::int64_t{slot} * params_.rows + warp_row) * kVColumns + column;
-#pragma unroll
-    for (int quarter = 0; quarter < 2; ++quarter) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 16; ++j) {
-          const float* o = &o_[quarter][j * 4 + 2 * i];
-          *reinterpret_cast<float2*>(staged(lane_ / 4 + 8 * i, 2 * j + quad / 2) + quad % 2 * 8) = {o[0] * factor[i],
-                                                                                                    o[1] * factor[i]};
-        }
-      cuda::fence_async_shared();
-      __syncwarp();
-#pragma unroll 2
-      for (int of_warp = 0; of_warp < rows; ++of_warp)
-        reinterpret_cast<uint4*>(to + of_warp * kVColumns + quarter * 128)[lane_] =
-            *reinterpret_cast<const uint4*>(staged(of_warp, lane_));
-      __syncwarp();
-    }
+  } else if (rows > 0) {
+    split_kv::store_values(params_.workspace, slot, warp_row / split_kv::kStripRows, group_, o_);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int of_warp = lane_ / 4 + 8 * i;
     if (group_ != 0 || quad != 0 || of_warp >= rows) continue;
-    const bool no_keys = sums[i] == 0;
-    const float lse = m[i] + __log2f(sums[i]);
     if (block.is & Block::kWhole)
       params_.lse[place_of(block.request, warp_row + of_warp).lse] =
-          no_keys ? INFINITY : lse * static_cast<float>(M_LN2);
+          sums[i] == 0 ? INFINITY : (m[i] + __log2f(sums[i])) * static_cast<float>(M_LN2);
     else
-      params_.workspace.lse[std::int64_t{slot} * params_.rows + warp_row + of_warp] = no_keys ? -INFINITY : lse;
+      split_kv::store_state(params_.workspace, slot, warp_row / split_kv::kStripRows, of_warp, m[i], sums[i]);
   }
   __syncwarp();
 }
 
 template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::run(const split_kv::Part& part) {
-  if (!Blocks(params_.keys, part).more()) return;
+  if (part.blocks == 0) return;
   const auto await_others = [&] { cuda::named_sync(2 - group_, 2 * kWarpgroup); };
   bool mine = true;
   if (group_ == 1) {

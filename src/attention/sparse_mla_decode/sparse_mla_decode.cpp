@@ -86,7 +86,8 @@ std::size_t sparse_mla_decode_workspace(const SparseMlaDecodeArgs& a) {
                               .rows = a.q.size(2),
                               .keys = a.indices.size(2) + (a.extra_indices ? a.extra_indices.size(2) : 0),
                               .d_v = a.out.size(3),
-                              .dtype = a.q.dtype}
+                              .dtype = a.q.dtype,
+                              .batch_invariant = a.batch_invariant}
           .workspace_bytes();
 #if DSM_WITH_CUDA
   if (sparse_mla_decode_sm90_refusal(a).empty()) bytes = std::max(bytes, sparse_mla_decode_sm90_workspace(a));

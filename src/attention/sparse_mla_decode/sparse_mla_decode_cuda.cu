@@ -43,6 +43,7 @@ void sparse_mla_decode_cuda(const SparseMlaDecodeArgs& a, const Launch& launch) 
        .own_lists = true,
        .causal = false,
        .softmax_scale = a.softmax_scale,
+       .batch_invariant = a.batch_invariant,
        .q = a.q.data,
        .q_strides = attention::strides(a.q),
        .out = a.out.data,

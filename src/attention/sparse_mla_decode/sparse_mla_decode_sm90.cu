@@ -68,7 +68,11 @@ int row_tiles(const SparseMlaDecodeArgs& a) {
   return static_cast<int>(a.q.size(1)) * cuda::ceil_div(static_cast<int>(a.q.size(2)), kHeads);
 }
 int parts(const SparseMlaDecodeArgs& a, int multiprocessors) {
-  return std::max(std::min(multiprocessors, kMultiprocessors) / row_tiles(a), 1);
+  const auto blocks = [](const TensorView& indices) {
+    return indices ? cuda::ceil_div<std::int64_t>(indices.size(2), kKeys) : 0;
+  };
+  return split_kv::parts_of(row_tiles(a), std::min(multiprocessors, kMultiprocessors), a.q.size(0),
+                            blocks(a.indices) + blocks(a.extra_indices), a.batch_invariant);
 }
 
 List list_of(const TensorView& cache, const TensorView& indices) {
@@ -95,8 +99,10 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
                .length = a.topk_length.as<const std::int32_t>(),
                .extra_keys = two ? static_cast<std::int32_t>(a.extra_indices.size(2)) : 0,
                .extra_length = a.extra_topk_length.as<const std::int32_t>(),
-               .overhead_blocks = kOverheadBlocks},
-      .pieces = split_kv::Workspace::at(launch.workspace, batch, grid_parts, a.q.size(1) * a.q.size(2)),
+               .overhead_blocks = kOverheadBlocks,
+               .batch_invariant = a.batch_invariant},
+      .pieces =
+          split_kv::Workspace::at(launch.workspace, batch, grid_parts, split_kv::strips_of(a.q.size(1), a.q.size(2))),
       .attn_sink = a.attn_sink.as<const float>(),
       .scale = static_cast<float>(a.softmax_scale) * kLog2e,
       .s_q = static_cast<int>(a.q.size(1)),
@@ -112,7 +118,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   const auto kernel = sparse_mla_decode_sm90_kernel<Record, Extra>;
   cuda::allow_shared_bytes(name, kernel, kBytes);
   cuda::launch(name, kernel, dim3(row_tiles(a), grid_parts), dim3(kThreads), kBytes, launch, problem);
-  if (grid_parts > 1) split_kv::combine(name, problem.pieces, a.attn_sink, a.out, a.lse, launch);
+  if (split_kv::cuts_requests(grid_parts, batch, a.batch_invariant))
+    split_kv::combine(name, problem.pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }
 
 bool aligned(const TensorView& cache) {
@@ -142,8 +149,8 @@ Reason sparse_mla_decode_sm90_refusal(const SparseMlaDecodeArgs& a) {
 std::size_t sparse_mla_decode_sm90_workspace(const SparseMlaDecodeArgs& a) {
   if (a.lse.numel() == 0) return 0;
   const int count = parts(a, kMultiprocessors);
-  const std::int64_t rows = count > 1 ? a.q.size(1) * a.q.size(2) : 0;  // of one part no request is cut
-  return split_kv::Workspace::bytes(a.q.size(0), count, rows, kValues);
+  const bool cuts = split_kv::cuts_requests(count, a.q.size(0), a.batch_invariant);
+  return split_kv::Workspace::bytes(a.q.size(0), count, cuts ? split_kv::strips_of(a.q.size(1), a.q.size(2)) : 0);
 }
 
 void sparse_mla_decode_sm90(const SparseMlaDecodeArgs& a, const Launch& launch) {

@@ -72,6 +72,16 @@ struct RowTile {
 
   __device__ explicit RowTile(const Problem& p)
       : position(blockIdx.x / p.head_tiles), first_head(blockIdx.x % p.head_tiles * kHeads) {}
+
+  /// The strip of rows of the pieces (src/attention/split_kv.h) that the warp has, and whether it has any row.
+  __device__ int strip(const Problem& p) const {
+    constexpr int kRows = split_kv::kStripRows;
+    return position * ((p.h_q + kRows - 1) / kRows) + first_strip_head() / kRows;
+  }
+  __device__ bool has_strip(const Problem& p) const { return first_strip_head() < p.h_q; }
+
+ private:
+  __device__ int first_strip_head() const { return first_head + threadIdx.x % kWarpgroup / 32 * split_kv::kStripRows; }
 };
 
 /// The blocks of keys that a part has of a request.
@@ -278,52 +288,29 @@ struct Output {
 /// First of the two rows of a tile that a thread of a warpgroup has.
 __device__ __forceinline__ int row_of_thread() { return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4; }
 
-/// Four lanes' words w[j][lane] become w[lane][j].
-__device__ __forceinline__ void transpose(std::uint32_t (&w)[4]) {
-  const bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
-#pragma unroll
-  for (int j = 0; j < 4; j += 2) {
-    const std::uint32_t got = __shfl_xor_sync(0xffffffff, odd ? w[j] : w[j + 1], 1);
-    (odd ? w[j] : w[j + 1]) = got;
-  }
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const std::uint32_t got = __shfl_xor_sync(0xffffffff, upper ? w[j] : w[j + 2], 2);
-    (upper ? w[j] : w[j + 2]) = got;
-  }
-}
-
 /// Rows of finished requests to the result, of others to the workspace.
 __device__ __forceinline__ void store_output(const Problem& p, const Output& o, int request, int slot,
                                              int first_column) {
   const RowTile tile(p);
-  const int quad = threadIdx.x % 4;
+  if (slot >= 0) {
+    if (tile.has_strip(p)) split_kv::store_values(p.pieces, slot, tile.strip(p), first_column / kColumns, o.values);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int head = tile.first_head + row_of_thread() + 8 * i;
-    const bool there = head < p.h_q;
-    if (slot < 0) {
-      __nv_bfloat16* to = p.out + request * p.out_request + tile.position * p.out_position + head * p.out_head +
-                          first_column + quad * 8;
+    __nv_bfloat16* to = p.out + request * p.out_request + tile.position * p.out_position + head * p.out_head +
+                        first_column + threadIdx.x % 4 * 8;
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; j += 4) {
-        std::uint32_t words[4];
+    for (int j = 0; j < kColumns / 8; j += 4) {
+      std::uint32_t words[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int at = 4 * (j + k) + 2 * i;
-          words[k] = cuda::rounded_pair<__nv_bfloat16>(o.value(at), o.value(at + 1));
-        }
-        transpose(words);
-        if (there) *reinterpret_cast<uint4*>(to + j * 8) = make_uint4(words[0], words[1], words[2], words[3]);
+      for (int k = 0; k < 4; ++k) {
+        const int at = 4 * (j + k) + 2 * i;
+        words[k] = cuda::rounded_pair<__nv_bfloat16>(o.value(at), o.value(at + 1));
       }
-    } else if (there) {
-      const std::int64_t row = std::int64_t{slot} * p.s_q * p.h_q + tile.position * p.h_q + head;
-      float* to = p.pieces.out + row * kValues + first_column + quad * 2;
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        const int at = 4 * j + 2 * i;
-        *reinterpret_cast<float2*>(to + j * 8) = make_float2(o.value(at), o.value(at + 1));
-      }
+      cuda::transpose_quad(words);
+      if (head < p.h_q) *reinterpret_cast<uint4*>(to + j * 8) = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
@@ -444,12 +431,13 @@ __device__ __forceinline__ void finish(const Problem& p, Softmax& softmax, int r
     const bool keys = sum != 0, there = head < p.h_q;
     const bool sink = slot < 0 && p.attn_sink && there;
     factors[i] = keys ? 1 / (sum + (sink ? cuda::power_of_two(p.attn_sink[head] * kLog2e - most) : 0)) : 0;
+    if (slot >= 0) factors[i] = 1;
     if (!there || threadIdx.x % 4 != 0) continue;
-    const float lse = most + log2f(sum);
     if (slot < 0)
-      p.lse[(std::int64_t{request} * p.h_q + head) * p.s_q + tile.position] = keys ? lse * kLn2 : INFINITY;
+      p.lse[(std::int64_t{request} * p.h_q + head) * p.s_q + tile.position] =
+          keys ? (most + log2f(sum)) * kLn2 : INFINITY;
     else
-      p.pieces.lse[std::int64_t{slot} * p.s_q * p.h_q + tile.position * p.h_q + head] = keys ? lse : -INFINITY;
+      split_kv::store_state(p.pieces, slot, tile.strip(p), row_of_thread() % split_kv::kStripRows + 8 * i, most, sum);
   }
 }
 

@@ -39,6 +39,7 @@ void sparse_mla_prefill_cuda(const SparseMlaPrefillArgs& a, const Launch& launch
                                    .own_lists = true,
                                    .causal = false,
                                    .softmax_scale = a.softmax_scale,
+                                   .batch_invariant = false,
                                    .q = a.q.data,
                                    .q_strides = of_query(a.q),
                                    .out = a.out.data,

@@ -26,6 +26,21 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
+/// Words w[j] of lane i of four neighbours become w[i] of lane j.
+__device__ __forceinline__ void transpose_quad(std::uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    const std::uint32_t got = __shfl_xor_sync(kAllLanes, odd ? w[j] : w[j + 1], 1);
+    (odd ? w[j] : w[j + 1]) = got;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const std::uint32_t got = __shfl_xor_sync(kAllLanes, upper ? w[j] : w[j + 2], 2);
+    (upper ? w[j] : w[j + 2]) = got;
+  }
+}
+
 /// An unsigned key in the order of floating-point values, never 0; -0 comes before +0 (add 0 first where they must be
 /// equal), NaN first or last by its sign.
 __device__ __forceinline__ std::uint32_t ordered_key(float x) {
