@@ -25,7 +25,8 @@ Tensor empty_out(const char* operation, const Tensor& q, std::int64_t d_v) {
 }
 
 Tensor mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& block_table, const Tensor& cache_seqlens,
-                      double softmax_scale, bool causal, const OptionalTensor& k_scale, Tensor out) {
+                      double softmax_scale, bool causal, const OptionalTensor& k_scale, bool batch_invariant,
+                      Tensor out) {
   expect_rank("mla_decode", "q", q, "[batch, s_q, h_q, d_qk]", 4);
   Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, accumulator_dtype(q));
   const MlaDecodeArgs args{.q = view(q),
@@ -35,6 +36,7 @@ Tensor mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& bloc
                            .k_scale = view(k_scale),
                            .softmax_scale = softmax_scale,
                            .causal = causal,
+                           .batch_invariant = batch_invariant,
                            .out = view(out),
                            .lse = view(lse)};
   Call call(q, mla_decode_workspace, args);
@@ -44,16 +46,17 @@ Tensor mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& bloc
 
 std::tuple<Tensor, Tensor> mla_decode(const Tensor& q, const Tensor& k_cache, const Tensor& block_table,
                                       const Tensor& cache_seqlens, double softmax_scale, bool causal,
-                                      const OptionalTensor& k_scale, std::int64_t d_v) {
+                                      const OptionalTensor& k_scale, bool batch_invariant, std::int64_t d_v) {
   Tensor out = empty_out("mla_decode", q, d_v);
-  Tensor lse = mla_decode_out(q, k_cache, block_table, cache_seqlens, softmax_scale, causal, k_scale, out);
+  Tensor lse =
+      mla_decode_out(q, k_cache, block_table, cache_seqlens, softmax_scale, causal, k_scale, batch_invariant, out);
   return {out, lse};
 }
 
 Tensor sparse_mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tensor& indices,
                              const OptionalTensor& topk_length, const OptionalTensor& extra_k_cache,
                              const OptionalTensor& extra_indices, const OptionalTensor& extra_topk_length,
-                             const OptionalTensor& attn_sink, double softmax_scale, Tensor out) {
+                             const OptionalTensor& attn_sink, double softmax_scale, bool batch_invariant, Tensor out) {
   expect_rank("sparse_mla_decode", "q", q, "[batch, s_q, h_q, d_qk]", 4);
   Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, accumulator_dtype(q));
   const SparseMlaDecodeArgs args{.q = view(q),
@@ -65,6 +68,7 @@ Tensor sparse_mla_decode_out(const Tensor& q, const Tensor& k_cache, const Tenso
                                  .extra_topk_length = view(extra_topk_length),
                                  .attn_sink = view(attn_sink),
                                  .softmax_scale = softmax_scale,
+                                 .batch_invariant = batch_invariant,
                                  .out = view(out),
                                  .lse = view(lse)};
   Call call(q, sparse_mla_decode_workspace, args);
@@ -76,10 +80,10 @@ std::tuple<Tensor, Tensor> sparse_mla_decode(const Tensor& q, const Tensor& k_ca
                                              const OptionalTensor& topk_length, const OptionalTensor& extra_k_cache,
                                              const OptionalTensor& extra_indices,
                                              const OptionalTensor& extra_topk_length, const OptionalTensor& attn_sink,
-                                             double softmax_scale, std::int64_t d_v) {
+                                             double softmax_scale, bool batch_invariant, std::int64_t d_v) {
   Tensor out = empty_out("sparse_mla_decode", q, d_v);
   Tensor lse = sparse_mla_decode_out(q, k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length,
-                                     attn_sink, softmax_scale, out);
+                                     attn_sink, softmax_scale, batch_invariant, out);
   return {out, lse};
 }
 
@@ -100,18 +104,18 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& outs, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(dsm, m) {
   m.def(
       "mla_decode(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
-      "bool causal, Tensor? k_scale, int d_v) -> (Tensor out, Tensor lse)");
+      "bool causal, Tensor? k_scale, bool batch_invariant, int d_v) -> (Tensor out, Tensor lse)");
   m.def(
       "mla_decode_out(Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
-      "bool causal, Tensor? k_scale, Tensor(a!) out) -> Tensor lse");
+      "bool causal, Tensor? k_scale, bool batch_invariant, Tensor(a!) out) -> Tensor lse");
   m.def(
       "sparse_mla_decode(Tensor q, Tensor k_cache, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, "
-      "Tensor? extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, float softmax_scale, int d_v) -> "
-      "(Tensor out, Tensor lse)");
+      "Tensor? extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, float softmax_scale, "
+      "bool batch_invariant, int d_v) -> (Tensor out, Tensor lse)");
   m.def(
       "sparse_mla_decode_out(Tensor q, Tensor k_cache, Tensor indices, Tensor? topk_length, Tensor? extra_k_cache, "
-      "Tensor? extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, float softmax_scale, Tensor(a!) out) -> "
-      "Tensor lse");
+      "Tensor? extra_indices, Tensor? extra_topk_length, Tensor? attn_sink, float softmax_scale, "
+      "bool batch_invariant, Tensor(a!) out) -> Tensor lse");
   m.def("merge_attention_states(Tensor outs, Tensor lses, Tensor? attn_sink) -> (Tensor out, Tensor lse)");
 }
 

@@ -141,7 +141,7 @@ def flash_mla_with_kvcache(
         topk_length: ``[batch]`` int32: only the leftmost so many indices count.
         extra_topk_length: the same of ``extra_indices_in_kvcache``.
         out: where the output goes, ``[batch, s_q, h_q, d_v]``.
-        enable_batch_invariant: a plan of one part. A request's bits never depend on the others on the CPU.
+        enable_batch_invariant: a plan of one part, and a request gives the same bits in every batch.
         descale_q: one float32 that a q in FP8 is multiplied by.
         descale_k: one float32 that a dense FP8 cache is multiplied by.
 
@@ -210,6 +210,7 @@ def flash_mla_with_kvcache(
             softmax_scale=scale,
             causal=causal,
             k_scale=descale_k,
+            batch_invariant=enable_batch_invariant,
             out=out if queries.dtype == result_dtype else None,
         )
     else:
@@ -228,6 +229,7 @@ def flash_mla_with_kvcache(
             extra_k_cache=extra_k_cache,
             extra_indices=extra_indices_in_kvcache,
             extra_topk_length=extra_topk_length,
+            batch_invariant=enable_batch_invariant,
             out=out,
         )
     if not plan.have_initialized:

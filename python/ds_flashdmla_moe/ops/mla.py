@@ -22,6 +22,7 @@ def mla_decode(
     softmax_scale: float | None = None,
     causal: bool = False,
     k_scale: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens over a paged latent cache: its rows are keys and, in their first ``d_v`` columns, values.
@@ -42,6 +43,8 @@ def mla_decode(
         softmax_scale: default ``d_qk**-0.5``.
         causal: query i sees keys ``j <= i + cache_seqlens[b] - s_q``.
         k_scale: one float32, by which the elements of an FP8 cache are multiplied; default 1.
+        batch_invariant: a request gives the same bits in every batch. GPUs then do not let the other requests decide
+            how its keys are shared between multiprocessors, and need longer for few requests.
         out: written and returned instead of a new tensor; any strides, the last one 1.
 
     Returns:
@@ -53,7 +56,7 @@ def mla_decode(
             a length lies beyond the table or a page within a length beyond the cache.
     """
     scale = _default_scale("mla_decode", q, softmax_scale)
-    inputs = (adjacent(q), k_cache, block_table, cache_seqlens.contiguous(), scale, causal, k_scale)
+    inputs = (adjacent(q), k_cache, block_table, cache_seqlens.contiguous(), scale, causal, k_scale, batch_invariant)
     if out is None:
         return torch.ops.dsm.mla_decode(*inputs, d_v)  # type: ignore[no-any-return]
     refuse_out_with_gradients("mla_decode", q, k_cache, k_scale, out)
@@ -73,6 +76,7 @@ def sparse_mla_decode(
     extra_k_cache: Tensor | None = None,
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over its own list of cached rows, of one cache or of two in one softmax.
@@ -96,6 +100,7 @@ def sparse_mla_decode(
         extra_k_cache: a second cache as ``k_cache``, which may also have 288 bytes (V4.1 in FP4), and any page size.
         extra_indices: ``[batch, s_q, extra_topk]`` int32, rows of ``extra_k_cache``.
         extra_topk_length: as ``topk_length``, for ``extra_indices``.
+        batch_invariant: as of :func:`mla_decode`.
         out: written and returned instead of a new tensor; any strides, the last one 1.
 
     Returns:
@@ -116,6 +121,7 @@ def sparse_mla_decode(
         None if extra_topk_length is None else extra_topk_length.contiguous(),
         None if attn_sink is None else attn_sink.contiguous(),
         scale,
+        batch_invariant,
     )
     if out is None:
         return torch.ops.dsm.sparse_mla_decode(*inputs, d_v)  # type: ignore[no-any-return]

@@ -287,9 +287,9 @@ def test_opcheck_and_compile(dtype: torch.dtype) -> None:
     inputs = paged(Case((5, 2), 2, 4, 2, 8, 6, 2), dtype)
     tensors = [inputs[name] for name in ("q", "k_cache", "block_table", "cache_seqlens")]
     scale = torch.tensor(0.5) if dtype in BYTE_TYPES else None
-    torch.library.opcheck(torch.ops.dsm.mla_decode.default, (*tensors, 0.3, True, scale, 6))
+    torch.library.opcheck(torch.ops.dsm.mla_decode.default, (*tensors, 0.3, True, scale, False, 6))
     out = torch.empty(2, 2, 4, 6, dtype=inputs["q"].dtype)
-    torch.library.opcheck(torch.ops.dsm.mla_decode_out.default, (*tensors, 0.3, True, scale, out))
+    torch.library.opcheck(torch.ops.dsm.mla_decode_out.default, (*tensors, 0.3, True, scale, False, out))
 
     def f(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return dsm.ops.mla_decode(*tensors, 6, causal=True, k_scale=scale)

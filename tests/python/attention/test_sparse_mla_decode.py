@@ -360,7 +360,7 @@ def test_opcheck_and_compile() -> None:
     q, pool, extra = torch.randn(2, 1, 2, 512).bfloat16(), quantised(528, 3, 2), quantised(288, 3, 2)
     indices, more, length = lists(2, 1, 5, 6), lists(2, 1, 3, 6), int32([2, 3])
     sink = torch.zeros(2)
-    arguments = (q, pool.cache, indices, length, extra.cache, more, length, sink, 0.1)
+    arguments = (q, pool.cache, indices, length, extra.cache, more, length, sink, 0.1, False)
     torch.library.opcheck(torch.ops.dsm.sparse_mla_decode.default, (*arguments, 512))
     out = torch.empty(2, 1, 2, 512, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.dsm.sparse_mla_decode_out.default, (*arguments, out))
