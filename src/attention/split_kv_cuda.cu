@@ -1,7 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Bound by latency where requests have many pieces, by the L2 where many requests have few. One launch after the
 // writing kernel, which lets it start early; then two dependent reads: how many pieces there are, and their states and
-// values.
+// values. What did not help: sixteen warps of a block, whose sums one warp adds up; going through the code once before
+// the pieces are there, which takes longer than they do.
 #include <cmath>
 
 #include "src/attention/split_kv.cuh"

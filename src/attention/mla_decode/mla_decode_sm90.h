@@ -13,17 +13,17 @@
 // whole call in a graph with a cold L2; FlashMLA of the same run; the limit at 4.3 TB/s and 740 TFLOPS:
 //
 //   batch   keys  queries     heads        here    FlashMLA      limit
-//     128   4096    1 | 2       128   288 |  540  276 |  529  198 | 397
-//     128   8192    1 | 2       128   529 | 1085  519 | 1027  397 | 793
-//      64  16384        1   16 | 64   332 |  332  348 |  351  281 | 281
-//       1  65536        1  16 | 128    42 |   54   84 |   88   18 |  25
-//       4   8192        1       128          41          56         12
-//       2   8192        1        16          25          45        4.4
+//     128   4096    1 | 2       128   270 | 495  273 | 505  198 | 397
+//     128   8192    1 | 2       128   500 | 990  504 | 990  397 | 793
+//      64  16384        1   16 | 64   300 | 305  317 | 325  281 | 281
+//       1  65536        1  16 | 128  34.5 |47.6   80 |  85   18 |  25
+//       4   8192        1       128          33          54         12
+//       2   8192        1        16          20          43        4.4
 //
 // With many rows the matrix units are busy 59 % of the time: a block of 64 keys takes 3600 clocks, not 2176, because
 // softmax (1000) and the products between one softmax and the next (2300, both warpgroups' at the same time) follow
-// each other. Requests that two parts share cost about 20 us at batch 128, most of it in the combining kernel; when all
-// parts end at the same time, writing their pieces takes 4 us, what the L2 takes in, and adding them up 9.
+// each other. Requests that two parts share cost about 10 us at batch 128, most of it in the combining kernel; when all
+// parts end at the same time, writing their pieces takes 3 us, what the L2 takes in, and adding them up 6.
 // Did not help: all of S before the other's product (8 % slower: half a buffer is released later, and new keys are
 // there 1700 clocks after that); fetching keys into the L2 two or three blocks ahead (1 to 12 % slower).
 
