@@ -23,13 +23,13 @@
 // keys and neighbouring query rows are a pair: each copies half of the keys for both.
 //
 // Bound by the tensor cores from 128 heads on, by memory below, by latency for few requests. H200, us end to end beside
-// the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 270 (198) | 500 (397),
-// two queries each 495 (397) | 990 (793); batch 64, 16384 keys, 16 | 64 heads 300 | 305 (281); one request of 65536
-// keys, 16 | 128 heads 34.5 (18) | 47.6 (25); 4 of 8192, 128 heads 33 (12); 2 of 8192, 16 heads 20 (4.4). 64 keys take
+// the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 268 (198) | 492 (397),
+// two queries each 495 (397) | 990 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536
+// keys, 16 | 128 heads 32.7 (18) | 47.3 (25); 4 of 8192, 128 heads 32 (12); 2 of 8192, 16 heads 19 (4.4). 64 keys take
 // 3600 cycles instead of the products' 2176: the weights of one warpgroup, the other's products with them and the rest
 // of its scores follow each other. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the first
 // keys; a piece of 64 rows takes 3 us to be stored, what the L2 takes in, and 16 rows 1; the combining kernel has the
-// pieces 1 us after the last store and takes 3 to 6. Smaller blocks of keys would not help: all multiprocessors
+// pieces 1 us after the last store and takes 2 to 6. Smaller blocks of keys would not help: all multiprocessors
 // together wait for the memory, then.
 // What did not help: all scores before the other's weights, asking the L2 for keys 1 to 3 blocks ahead.
 

@@ -13,12 +13,12 @@
 // whole call in a graph with a cold L2; FlashMLA of the same run; the limit at 4.3 TB/s and 740 TFLOPS:
 //
 //   batch   keys  queries     heads        here    FlashMLA      limit
-//     128   4096    1 | 2       128   270 | 495  273 | 505  198 | 397
-//     128   8192    1 | 2       128   500 | 990  504 | 990  397 | 793
-//      64  16384        1   16 | 64   300 | 305  317 | 325  281 | 281
-//       1  65536        1  16 | 128  34.5 |47.6   80 |  85   18 |  25
-//       4   8192        1       128          33          54         12
-//       2   8192        1        16          20          43        4.4
+//     128   4096    1 | 2       128   268 | 495  271 | 505  198 | 397
+//     128   8192    1 | 2       128   492 | 990  497 | 990  397 | 793
+//      64  16384        1   16 | 64   301 | 306  310 | 317  281 | 281
+//       1  65536        1  16 | 128  32.7 |47.3   80 |  85   18 |  25
+//       4   8192        1       128          32          54         12
+//       2   8192        1        16          19          44        4.4
 //
 // With many rows the matrix units are busy 59 % of the time: a block of 64 keys takes 3600 clocks, not 2176, because
 // softmax (1000) and the products between one softmax and the next (2300, both warpgroups' at the same time) follow
