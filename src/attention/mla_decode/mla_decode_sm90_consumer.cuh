@@ -29,9 +29,11 @@ class Consumer {
         first_request_(first_request),
         first_row_(first_row),
         rank_(rank) {
-    group_ = threadIdx.x / kWarpgroup;
+    // By a shuffle, so that the compiler knows that all of a warp have the same.
+    group_ = __shfl_sync(cuda::kAllLanes, threadIdx.x / kWarpgroup, 0);
     lane_ = threadIdx.x % 32;
     row_ = threadIdx.x % kWarpgroup / 32 * 16 + lane_ / 4;
+    idle_ = first_row + row_ / 16 * 16 >= params.rows;
     // Keys that the tile's first query does not see.
     hidden_ = params.causal ? params.s_q - 1 - first_row / params.h_q : 0;
   }
@@ -74,15 +76,13 @@ class Consumer {
   __device__ void find_references(const Block& block);
   /// P from S; `before`: the reference points until now.
   __device__ void exponentiate(const float (&before)[2]);
+  /// P where the warp has no rows.
+  __device__ void clear_weights();
   /// Lets the other warpgroup have P and the rows' state.
   __device__ void publish(int n, const Block& block);
   /// Values behind the last key become 0: whatever they are, they must not meet P. So do chunks that are not finite of
   /// keys from `seen` on, which some rows do not see: the P of who sees them is NaN already.
   __device__ void clear_values(int n, int seen, int keys_of_block);
-  /// Whether a row of the warp has a new reference point.
-  __device__ bool raised(const float (&before)[2]) const {
-    return __any_sync(cuda::kAllLanes, before[0] != m_[0] || before[1] != m_[1]);
-  }
   /// O from reference points to the rows' own ones.
   __device__ void scale_values(const float (&before)[2]);
   /// O divided by the sum of the exponentials, and lse; of the request, by way of this warpgroup's half of the buffer,
@@ -93,6 +93,7 @@ class Consumer {
   Shared& shared_;
   const int part_slot_, first_request_, first_row_, rank_;
   int group_, lane_, row_, hidden_;
+  bool idle_;  ///< the warp has no rows: its P is 0, which costs the products less power than other numbers
   float o_[2][64], s_[32];
   std::uint32_t p_[16];
   float m_[2], l_[2];  ///< of the blocks that are in O, or in S and O
@@ -123,7 +124,7 @@ __device__ __forceinline__ void Consumer<T, kPair>::add_others(int n, const Bloc
   const float before[2] = {m_[0], m_[1]};
   const RowState state = shared_.rows[buffer][threadIdx.x % kWarpgroup];
   m_[0] = state.m[0], m_[1] = state.m[1], l_[0] = state.l[0], l_[1] = state.l[1];
-  if (!(block.is & Block::kFirst) && raised(before)) scale_values(before);
+  if (!(block.is & Block::kFirst)) scale_values(before);
   const std::uint64_t p = cuda::k_major(shared_.k[buffer][kTiles - 1].bytes);
   const std::uint64_t v = cuda::n_major(shared_.k[buffer][group_ * kHalf].bytes, kTileBytes);
 #pragma unroll
@@ -159,6 +160,7 @@ template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::scale_values(const float (&before)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    if (!__any_sync(cuda::kAllLanes, before[i] != m_[i])) continue;
     const float factor = before[i] == m_[i] ? 1.f : cuda::power_of_two(before[i] - m_[i]);
 #pragma unroll
     for (int j = 0; j < 128; j += 4) {
@@ -217,6 +219,13 @@ __device__ __forceinline__ void Consumer<T, kPair>::exponentiate(const float (&b
 }
 
 template <class T, bool kPair>
+__device__ __forceinline__ void Consumer<T, kPair>::clear_weights() {
+#pragma unroll
+  for (std::uint32_t& pair : p_) pair = 0;
+  m_[0] = m_[1] = l_[0] = l_[1] = 0;
+}
+
+template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::publish(int n, const Block& block) {
   const int buffer = n & 1, keys = block.keys - block.index * kRows;
   auto* p = shared_.k[buffer][kTiles - 1].bytes;
@@ -236,7 +245,9 @@ __device__ __forceinline__ void Consumer<T, kPair>::publish(int n, const Block& 
 template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::clear_values(int n, int seen, int keys_of_block) {
   const int thread = threadIdx.x % kWarpgroup;
+#pragma unroll 1
   for (int at = seen * 128 + thread * 16; at < kTileBytes; at += kWarpgroup * 16)
+#pragma unroll 1
     for (int tile = 0; tile < 2 * kHalf; ++tile) {
       uint4& chunk = *reinterpret_cast<uint4*>(shared_.k[n & 1][tile].bytes + at);
       if (at >= keys_of_block * 128 || has_special<T>(chunk)) chunk = uint4{};
@@ -329,15 +340,19 @@ __device__ __forceinline__ void Consumer<T, kPair>::run(const split_kv::Part& pa
     cuda::wgmma_registers(s_);
     if (last) release(shared_.q_empty);
     const float m[2] = {m_[0], m_[1]}, l[2] = {l_[0], l_[1]};
-    find_references(own);
-    exponentiate(m);
+    if (idle_) {
+      clear_weights();
+    } else {
+      find_references(own);
+      exponentiate(m);
+    }
     publish(n, own);
     if (others_last) {
       store(n - 1, others, m, l);
       release_quarter(1 - group_, 0);
       release_quarter(1 - group_, 1);
     }
-    if (!first && raised(m)) scale_values(m);
+    if (!first) scale_values(m);
     add_own(n, own);
     cuda::wgmma_wait<1>();
     if (!last) release_quarter(group_, 0);
