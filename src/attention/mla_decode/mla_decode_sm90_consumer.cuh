@@ -72,7 +72,7 @@ class Consumer {
   __device__ void add_others(int n, const Block& block);
   /// O += P V with this warpgroup's P. Before: O is idle. In flight when it returns, as two groups.
   __device__ void add_own(int n, const Block& block);
-  /// Masks S and raises the rows' reference points where it must be.
+  /// Masks S and raises the rows' reference points to their largest score, whose weight is then 1 without rounding.
   __device__ void find_references(const Block& block);
   /// P from S; `before`: the reference points until now.
   __device__ void exponentiate(const float (&before)[2]);
@@ -195,9 +195,8 @@ __device__ __forceinline__ void Consumer<T, kPair>::find_references(const Block&
     for (int j = 4; j > 0; j /= 2)
 #pragma unroll
       for (int k = 0; k < j; ++k) tops[k] = fmaxf(tops[k], tops[k + j]);
-    float top = fmaxf(tops[0], __shfl_xor_sync(cuda::kAllLanes, tops[0], 1));
-    top = fmaxf(top, __shfl_xor_sync(cuda::kAllLanes, top, 2)) * params_.scale;
-    m_[i] = top > m_[i] + kHeadroom ? top : m_[i];
+    const float top = fmaxf(tops[0], __shfl_xor_sync(cuda::kAllLanes, tops[0], 1));
+    m_[i] = fmaxf(m_[i], fmaxf(top, __shfl_xor_sync(cuda::kAllLanes, top, 2)) * params_.scale);
   }
 }
 
