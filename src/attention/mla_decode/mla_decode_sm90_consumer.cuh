@@ -95,8 +95,8 @@ class Consumer {
   int group_, lane_, row_, hidden_;
   bool idle_;  ///< the warp has no rows: its P is 0, which costs the products less power than other numbers
   float o_[2][64], s_[32];
-  std::uint32_t p_[16];
-  float m_[2], l_[2];  ///< of the blocks that are in O, or in S and O
+  std::uint32_t p_[4][4];  ///< by steps of 16 keys
+  float m_[2], l_[2];      ///< of the blocks that are in O, or in S and O
 };
 
 template <class T, bool kPair>
@@ -148,8 +148,7 @@ __device__ __forceinline__ void Consumer<T, kPair>::add_own(int n, const Block& 
     cuda::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const std::uint32_t p[4] = {p_[4 * step], p_[4 * step + 1], p_[4 * step + 2], p_[4 * step + 3]};
-      cuda::wgmma_m64n128<T, Major::n>(o_[quarter], p, cuda::advanced(v, quarter * 2 * kTileBytes + step * 2048),
+      cuda::wgmma_m64n128<T, Major::n>(o_[quarter], p_[step], cuda::advanced(v, quarter * 2 * kTileBytes + step * 2048),
                                        step > 0 || !(block.is & Block::kFirst));
     }
     cuda::wgmma_commit();
@@ -211,7 +210,7 @@ __device__ __forceinline__ void Consumer<T, kPair>::exponentiate(const float (&b
       const float low = cuda::power_of_two(fmaf(s_[4 * j + 2 * i], params_.scale, -reference));
       const float high = cuda::power_of_two(fmaf(s_[4 * j + 2 * i + 1], params_.scale, -reference));
       sums[0] += low, sums[1] += high;
-      p_[2 * j + i] = cuda::rounded_pair<T>(low, high);
+      p_[j / 2][j % 2 * 2 + i] = cuda::rounded_pair<T>(low, high);
     }
     l_[i] = sums[0] + sums[1];
   }
@@ -220,21 +219,20 @@ __device__ __forceinline__ void Consumer<T, kPair>::exponentiate(const float (&b
 template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::clear_weights() {
 #pragma unroll
-  for (std::uint32_t& pair : p_) pair = 0;
+  for (auto& step : p_)
+#pragma unroll
+    for (std::uint32_t& pair : step) pair = 0;
   m_[0] = m_[1] = l_[0] = l_[1] = 0;
 }
 
 template <class T, bool kPair>
 __device__ __forceinline__ void Consumer<T, kPair>::publish(int n, const Block& block) {
   const int buffer = n & 1, keys = block.keys - block.index * kRows;
-  auto* p = shared_.k[buffer][kTiles - 1].bytes;
+  const std::uint32_t to =
+      cuda::shared_address(&shared_.k[buffer][kTiles - 1]) + cuda::swizzled(row_ / 16 * 16 + lane_ % 16, lane_ / 16);
   cuda::named_sync(3 + buffer, kWarpgroup);  // all warps have read the keys
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      *reinterpret_cast<std::uint32_t*>(p + cuda::swizzled(row(i), j) + lane_ % 4 * 4) = p_[2 * j + i];
-  }
+  for (int step = 0; step < 4; ++step) cuda::store_fragment(to ^ step << 5, p_[step]);
   shared_.rows[buffer][threadIdx.x % kWarpgroup] = {{m_[0], m_[1]}, {l_[0], l_[1]}};
   if (keys - hidden_ < kRows) clear_values(n, max(keys - hidden_, 0), keys);
   cuda::fence_async_shared();

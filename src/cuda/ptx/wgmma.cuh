@@ -57,6 +57,14 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+/// Words of A in registers, of 16 columns, to a K-major tile. `to`: of row 16 (t / 32) + t % 16, the chunk of 16 bytes
+/// with the first 8 of the columns, where t / 16 is odd with the others.
+__device__ __forceinline__ void store_fragment(std::uint32_t to, const std::uint32_t (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+
 enum class Major { k, n };
 
 // `accumulate`: D += A B, otherwise D = A B. kB: how B's tile lies; A in shared memory is K-major.
