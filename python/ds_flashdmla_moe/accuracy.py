@@ -30,12 +30,12 @@ __all__ = [
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # Accumulation: float64 and float32 as promised (1e-5 for float32); half types accumulate in float32.
 ACCUMULATION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
-# Hopper's attention multiplies probabilities that are rounded to the half type, each off by up to half a unit in the
-# last place. These errors are independent: of many keys they average out, of few they stay below one spacing at the
-# largest result.
+# CUDA's attention in half types multiplies probabilities that are rounded to them (the portable one where query rows
+# are many), each off by up to half a unit in the last place. These errors are independent: of many keys they average
+# out, of few they stay below one spacing at the largest result.
 ROUNDED_TERMS = 1.0
-# It also takes rows of FP8 caches rounded to bfloat16, where scales are no powers of two: each value is off by up to
-# half a unit in the last place, 2^-9, and so may be a score, which of few keys is the log-sum-exp.
+# Hopper's also takes rows of FP8 caches rounded to bfloat16, where scales are no powers of two: each value is off by up
+# to half a unit in the last place, 2^-9, and so may be a score, which of few keys is the log-sum-exp.
 ROUNDED_ROWS = 2.0**-9
 # Below these magnitudes the spacing no longer shrinks.
 SMALLEST_NORMAL = {dtype: torch.finfo(dtype).smallest_normal for dtype in ULP}

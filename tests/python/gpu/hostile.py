@@ -13,6 +13,8 @@ from torch import Tensor
 CUDA = torch.device("cuda", 0)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+# Results of attention in these have rounded probabilities in them, whatever the row (accuracy.ROUNDED_TERMS).
+HALF = (torch.float16, torch.bfloat16)
 
 
 def int32(values: Any) -> Tensor:

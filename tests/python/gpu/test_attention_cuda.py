@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cache_layouts import plain, quantised
-from hostile import CUDA, INT_MAX, INT_MIN, hide_unused, int32, lists, moved, pages_of, poisoned, widened
+from hostile import CUDA, HALF, INT_MAX, INT_MIN, hide_unused, int32, lists, moved, pages_of, poisoned, widened
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
@@ -18,8 +18,6 @@ from tolerance import FLOATING, assert_close
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 INF = math.inf
-# The portable kernel rounds the probabilities of many heads, too, but nothing of the scores.
-HALF = (torch.float16, torch.bfloat16)
 
 
 def compare(operator: Any, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
