@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "dsm/launch.h"
@@ -38,6 +39,11 @@ class OperatorEntry {
 
   const OperatorInfo& info() const { return info_; }
   void force(int row) { forced_ = row; }
+  /// Whether the row of this name may take requests: no other one is forced.
+  bool allows(std::string_view name) const {
+    return forced_ < 0 ||
+           (forced_ < static_cast<int>(info_.implementations.size()) && info_.implementations[forced_].name == name);
+  }
 
  protected:
   /// The first row for which `refuse(row)` is empty. Throws dsm::Error with every row's reason when there is none.
@@ -75,6 +81,7 @@ class Operator : OperatorEntry {
  public:
   Operator(const char* family, const char* name, std::vector<Implementation<Args>> rows)
       : OperatorEntry(family, name, infos(rows)), rows_(std::move(rows)) {}
+  using OperatorEntry::allows;
 
   /// Runs the first row that takes the request, whose tensors are on `device`.
   void operator()(const Args& args, const Device& device, const Launch& launch) const {

@@ -89,18 +89,17 @@ void mla_decode(const MlaDecodeArgs& args, const Launch& launch) {
 
 std::size_t mla_decode_workspace(const MlaDecodeArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
-  const std::int64_t h_kv = std::max<std::int64_t>(a.k_cache.size(2), 1);
-  std::size_t bytes = attention::GatheredWork{.units = a.q.size(0) * h_kv,
-                                              .rows = a.q.size(1) * (a.q.size(2) / h_kv),
-                                              .keys = a.block_table.size(1) * a.k_cache.size(1),
-                                              .d_v = a.out.size(3),
-                                              .dtype = a.q.dtype,
-                                              .batch_invariant = a.batch_invariant}
-                          .workspace_bytes();
 #if DSM_WITH_CUDA
-  if (mla_decode_sm90_refusal(a).empty()) bytes = std::max(bytes, mla_decode_sm90_workspace(a));
+  if (decode.allows("sm90") && mla_decode_sm90_refusal(a).empty()) return mla_decode_sm90_workspace(a);
 #endif
-  return bytes;
+  const std::int64_t h_kv = std::max<std::int64_t>(a.k_cache.size(2), 1);
+  return attention::GatheredWork{.units = a.q.size(0) * h_kv,
+                                 .rows = a.q.size(1) * (a.q.size(2) / h_kv),
+                                 .keys = a.block_table.size(1) * a.k_cache.size(1),
+                                 .d_v = a.out.size(3),
+                                 .dtype = a.q.dtype,
+                                 .batch_invariant = a.batch_invariant}
+      .workspace_bytes();
 }
 
 }  // namespace dsm

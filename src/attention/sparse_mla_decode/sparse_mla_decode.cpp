@@ -81,18 +81,16 @@ void sparse_mla_decode(const SparseMlaDecodeArgs& args, const Launch& launch) {
 
 std::size_t sparse_mla_decode_workspace(const SparseMlaDecodeArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
-  std::size_t bytes =
-      attention::GatheredWork{.units = a.q.size(0) * a.q.size(1),
-                              .rows = a.q.size(2),
-                              .keys = a.indices.size(2) + (a.extra_indices ? a.extra_indices.size(2) : 0),
-                              .d_v = a.out.size(3),
-                              .dtype = a.q.dtype,
-                              .batch_invariant = a.batch_invariant}
-          .workspace_bytes();
 #if DSM_WITH_CUDA
-  if (sparse_mla_decode_sm90_refusal(a).empty()) bytes = std::max(bytes, sparse_mla_decode_sm90_workspace(a));
+  if (decode.allows("sm90") && sparse_mla_decode_sm90_refusal(a).empty()) return sparse_mla_decode_sm90_workspace(a);
 #endif
-  return bytes;
+  return attention::GatheredWork{.units = a.q.size(0) * a.q.size(1),
+                                 .rows = a.q.size(2),
+                                 .keys = a.indices.size(2) + (a.extra_indices ? a.extra_indices.size(2) : 0),
+                                 .d_v = a.out.size(3),
+                                 .dtype = a.q.dtype,
+                                 .batch_invariant = a.batch_invariant}
+      .workspace_bytes();
 }
 
 }  // namespace dsm

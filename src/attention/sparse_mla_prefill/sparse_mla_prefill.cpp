@@ -43,17 +43,16 @@ void sparse_mla_prefill(const SparseMlaPrefillArgs& args, const Launch& launch) 
 
 std::size_t sparse_mla_prefill_workspace(const SparseMlaPrefillArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
-  const std::int64_t h_kv = std::max<std::int64_t>(a.kv.size(1), 1);
-  std::size_t bytes = attention::GatheredWork{.units = a.q.size(0) * h_kv,
-                                              .rows = a.q.size(1) / h_kv,
-                                              .keys = a.indices.size(2),
-                                              .d_v = a.out.size(2),
-                                              .dtype = a.q.dtype}
-                          .workspace_bytes();
 #if DSM_WITH_CUDA
-  if (sparse_mla_prefill_sm90_refusal(a).empty()) bytes = std::max(bytes, sparse_mla_prefill_sm90_workspace(a));
+  if (prefill.allows("sm90") && sparse_mla_prefill_sm90_refusal(a).empty()) return sparse_mla_prefill_sm90_workspace(a);
 #endif
-  return bytes;
+  const std::int64_t h_kv = std::max<std::int64_t>(a.kv.size(1), 1);
+  return attention::GatheredWork{.units = a.q.size(0) * h_kv,
+                                 .rows = a.q.size(1) / h_kv,
+                                 .keys = a.indices.size(2),
+                                 .d_v = a.out.size(2),
+                                 .dtype = a.q.dtype}
+      .workspace_bytes();
 }
 
 }  // namespace dsm

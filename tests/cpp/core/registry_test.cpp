@@ -76,8 +76,11 @@ TEST_F(Registry, AForcedRowRunsOrRefuses) {
   EXPECT_EQ(message_of([] { run(probe, 50); }),
             "probe: the request must be one that an implementation takes, got a refusal from each "
             "(sm90: another implementation is forced; fast: size above 8; cpu: another implementation is forced)");
+  EXPECT_TRUE(probe.allows("fast"));
+  EXPECT_FALSE(probe.allows("cpu"));
   force_implementation("probe", "");
   EXPECT_EQ(run(probe, 50), "cpu");
+  EXPECT_TRUE(probe.allows("cpu"));
 }
 
 TEST_F(Registry, ForcingUnknownNamesIsAnError) {
@@ -149,6 +152,7 @@ TEST_F(Registry, TheEnvironmentForcesRowsOfNamedOperators) {
   EXPECT_EQ(run(loaded_with("", "probe_d"), 1), "fast");
   const Operator<ProbeArgs>& misspelt = loaded_with("probe_e:cup", "probe_e");
   EXPECT_THROW(run(misspelt, 1), Error) << "a wrong name may not be ignored";
+  EXPECT_FALSE(misspelt.allows("fast"));
   force_implementation("probe_e", "");
   EXPECT_EQ(run(misspelt, 1), "fast");
 }
