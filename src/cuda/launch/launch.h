@@ -19,16 +19,21 @@ inline void check(cudaError_t status, const char* operation) {
                            cudaGetErrorString(status));
 }
 
-/// Puts a kernel on the call's stream. A refused launch throws; errors inside the kernel appear at the caller's next
-/// synchronisation, as nothing here waits.
-template <class... Parameters, class... Arguments>
-void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
-            const Launch& on, Arguments&&... arguments) {
+inline cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, std::size_t shared_bytes, const Launch& on) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(on.stream);
+  return config;
+}
+
+/// Puts a kernel on the call's stream. A refused launch throws; errors inside the kernel appear at the caller's next
+/// synchronisation, as nothing here waits.
+template <class... Parameters, class... Arguments>
+void launch(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            const Launch& on, Arguments&&... arguments) {
+  const cudaLaunchConfig_t config = launch_config(grid, block, shared_bytes, on);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), operation);
 }
 
@@ -39,11 +44,7 @@ void launch_clusters(const char* operation, void (*kernel)(Parameters...), dim3 
   cudaLaunchAttribute size{};
   size.id = cudaLaunchAttributeClusterDimension;
   size.val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(on.stream);
+  cudaLaunchConfig_t config = launch_config(grid, block, shared_bytes, on);
   config.attrs = &size;
   config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), operation);
@@ -69,11 +70,7 @@ void launch_dependent(const char* operation, void (*kernel)(Parameters...), dim3
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(on.stream);
+  cudaLaunchConfig_t config = launch_config(grid, block, shared_bytes, on);
   config.attrs = &early;
   config.numAttrs = compute_capability(operation) >= 90;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), operation);
