@@ -44,8 +44,9 @@ std::size_t sparse_mla_prefill_sm90_workspace(const SparseMlaPrefillArgs&) { ret
 
 void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch) {
   using sparse_prefill_sm90::Problem;
-  if (a.q.size(1) == 0) return;
-  const std::int64_t head_tiles = cuda::ceil_div<std::int64_t>(a.q.size(1), sparse_prefill_sm90::kHeads);
+  const std::int64_t s_q = a.q.size(0), h_q = a.q.size(1);
+  if (h_q == 0) return;
+  const std::int64_t head_tiles = cuda::ceil_div<std::int64_t>(h_q, sparse_prefill_sm90::kHeads);
   const Problem problem{
       .q = a.q.data,
       .q_token = a.q.stride[0],
@@ -56,26 +57,22 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
       .indices_token = a.indices.stride[0],
       .attn_sink = a.attn_sink.as<const float>(),
       .topk_length = a.topk_length.as<const std::int32_t>(),
-      .out = a.out.data,
-      .out_token = a.out.stride[0],
-      .out_head = a.out.stride[1],
       .max_logits = a.max_logits.as<float>(),
       .lse = a.lse.as<float>(),
-      .items = static_cast<std::int32_t>(a.q.size(0) * head_tiles),
+      .items = static_cast<std::int32_t>(s_q * head_tiles),
       .taken = static_cast<std::int32_t*>(launch.workspace),
-      .h_q = static_cast<std::int32_t>(a.q.size(1)),
+      .h_q = static_cast<std::int32_t>(h_q),
       .head_tiles = static_cast<std::int32_t>(head_tiles),
       .s_kv = static_cast<std::int32_t>(std::min<std::int64_t>(a.kv.size(0), INT32_MAX)),
       .topk = static_cast<std::int32_t>(a.indices.size(2)),
       .softmax_scale = static_cast<float>(a.softmax_scale),
   };
-  const std::int64_t h_q = a.q.size(1), s_q = a.q.size(0);
+  const bool bfloat = a.q.dtype == DType::bfloat16;
   const CUtensorMap out = cuda::tile_map_16bit(
-      kName, a.q.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      a.out.data, a.out.size(2), h_q, s_q, h_q > 1 ? a.out.stride[1] : a.out.size(2),
-      s_q > 1 ? a.out.stride[0] : a.out.size(2), 16, 4);
+      kName, bfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.out.data, a.out.size(2),
+      h_q, s_q, h_q > 1 ? a.out.stride[1] : a.out.size(2), s_q > 1 ? a.out.stride[0] : a.out.size(2), 16, 4);
   const bool wide = a.q.size(2) == 576;
-  if (a.q.dtype == DType::bfloat16)
+  if (bfloat)
     wide ? launch_prefill<__nv_bfloat16, 9>(problem, out, launch)
          : launch_prefill<__nv_bfloat16, 8>(problem, out, launch);
   else

@@ -31,7 +31,7 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& args, const Launch& lau
 
 namespace sparse_prefill_sm90 {
 
-/// A call as the kernel sees it. Strides count elements.
+/// A call as the kernel sees it, but for the output, which has a tensor map. Strides count elements.
 struct Problem {
   const void* q;
   std::int64_t q_token, q_head;
@@ -41,11 +41,9 @@ struct Problem {
   std::int64_t indices_token;
   const float* attn_sink;           ///< [h_q] or null
   const std::int32_t* topk_length;  ///< [s_q] or null
-  void* out;
-  std::int64_t out_token, out_head;
-  float *max_logits, *lse;  ///< [s_q, h_q]
-  std::int32_t items;       ///< queries times head_tiles
-  std::int32_t* taken;      ///< how many of them beside each block's first one; 0 before the call
+  float *max_logits, *lse;          ///< [s_q, h_q]
+  std::int32_t items;               ///< queries times head_tiles
+  std::int32_t* taken;              ///< how many of them beside each block's first one; 0 before the call
   std::int32_t h_q, head_tiles, s_kv, topk;
   float softmax_scale;
 };
