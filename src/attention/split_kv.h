@@ -54,11 +54,17 @@ struct Keys {
 /// Batch-invariant pieces have at least so many blocks, and a request at most so many of them.
 inline constexpr int kInvariantBlocks = 32, kInvariantPieces = 8;
 
+/// Multiprocessors that are made use of, for which workspaces are large enough: what H100 and H200 have.
+inline constexpr int kMostMultiprocessors = 132;
+/// Parts are thread blocks of a grid's second dimension, which takes no more.
+inline constexpr std::int64_t kMostParts = 65535;
+
 /// Parts for `tiles` tiles of query rows and up to `blocks` blocks of each request: as many as give each multiprocessor
 /// one part of one tile; or, batch-invariant, as many as there can be pieces.
 inline int parts_of(std::int64_t tiles, int multiprocessors, std::int64_t batch, std::int64_t blocks,
                     bool batch_invariant) {
-  if (!batch_invariant) return static_cast<int>(std::max<std::int64_t>(multiprocessors / tiles, 1));
+  if (!batch_invariant)
+    return static_cast<int>(std::max<std::int64_t>(std::min(multiprocessors, kMostMultiprocessors) / tiles, 1));
   const std::int64_t most =
       std::min<std::int64_t>((blocks + kInvariantBlocks - 1) / kInvariantBlocks, kInvariantPieces);
   return static_cast<int>(batch * std::max<std::int64_t>(most, 1));

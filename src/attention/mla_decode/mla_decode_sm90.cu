@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-constexpr int kMostMultiprocessors = 132;  // that are made use of: what H100 and H200 have
-constexpr int kOverheadBlocks = 1;         // what beginning a request costs
+constexpr int kOverheadBlocks = 1;  // what beginning a request costs
+static_assert(kMaxBatch * split_kv::kInvariantPieces <= split_kv::kMostParts);
 
 std::int64_t tiles_of(const MlaDecodeArgs& a) { return cuda::ceil_div<std::int64_t>(a.q.size(1) * a.q.size(2), kRows); }
 
@@ -81,7 +81,7 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
   const char* operation = "mla_decode";
   const std::int64_t batch = a.q.size(0), s_q = a.q.size(1), h_q = a.q.size(2), rows = s_q * h_q, tiles = tiles_of(a);
   const std::int64_t page_size = a.k_cache.size(1), pages = a.k_cache.size(0);
-  const int parts = parts_of(a, std::min(cuda::multiprocessors(operation), kMostMultiprocessors));
+  const int parts = parts_of(a, cuda::multiprocessors(operation));
   const auto& q = a.q.stride;
   const std::int64_t q_row = h_q > 1 ? q[2] : s_q > 1 ? q[1] : kQkColumns;
   const std::int64_t q_batch = batch > 1 ? q[0] : rows * kQkColumns,
@@ -157,8 +157,8 @@ Reason mla_decode_sm90_refusal(const MlaDecodeArgs& a) {
 
 std::size_t mla_decode_sm90_workspace(const MlaDecodeArgs& args) {
   using namespace dense_decode;
-  if (args.lse.numel() == 0 || !mla_decode_sm90_refusal(args).empty()) return 0;
-  const int parts = parts_of(args, kMostMultiprocessors);
+  if (args.lse.numel() == 0) return 0;
+  const int parts = parts_of(args, split_kv::kMostMultiprocessors);
   const bool cuts = split_kv::cuts_requests(parts, args.q.size(0), args.batch_invariant);
   return split_kv::Workspace::bytes(args.q.size(0), parts,
                                     cuts ? split_kv::strips_of(1, args.q.size(1) * args.q.size(2)) : 0);

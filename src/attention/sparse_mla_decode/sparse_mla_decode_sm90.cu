@@ -30,8 +30,7 @@ namespace {
 using namespace sparse_mla_sm90;
 
 constexpr int kThreads = 4 * kWarpgroup;
-constexpr int kMultiprocessors = 132;
-constexpr int kOverheadBlocks = 1;
+constexpr int kOverheadBlocks = 1;  // what beginning a request costs
 
 template <class Record, class Extra>
 __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(const __grid_constant__ Problem p) {
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
   }
   __syncthreads();
 
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  const int warpgroup = __shfl_sync(cuda::kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     cuda::take_registers<192>();
     weigh_keys(p, part, shared);
@@ -69,12 +68,12 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
 int row_tiles(const SparseMlaDecodeArgs& a) {
   return static_cast<int>(a.q.size(1)) * cuda::ceil_div(static_cast<int>(a.q.size(2)), kHeads);
 }
-int parts(const SparseMlaDecodeArgs& a, int multiprocessors) {
+int parts_of(const SparseMlaDecodeArgs& a, int multiprocessors) {
   const auto blocks = [](const TensorView& indices) {
     return indices ? cuda::ceil_div<std::int64_t>(indices.size(2), kKeys) : 0;
   };
-  return split_kv::parts_of(row_tiles(a), std::min(multiprocessors, kMultiprocessors), a.q.size(0),
-                            blocks(a.indices) + blocks(a.extra_indices), a.batch_invariant);
+  return split_kv::parts_of(row_tiles(a), multiprocessors, a.q.size(0), blocks(a.indices) + blocks(a.extra_indices),
+                            a.batch_invariant);
 }
 
 List list_of(const TensorView& cache, const TensorView& indices) {
@@ -86,7 +85,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   const char* name = "sparse_mla_decode";
   const bool two = static_cast<bool>(a.extra_k_cache);
   const auto batch = static_cast<int>(a.q.size(0));
-  const int grid_parts = parts(a, cuda::multiprocessors(name));
+  const int parts = parts_of(a, cuda::multiprocessors(name));
   const List list = list_of(a.k_cache, a.indices);
   const Problem problem{
       .q = a.q.as<const __nv_bfloat16>(),
@@ -103,8 +102,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
                .extra_length = a.extra_topk_length.as<const std::int32_t>(),
                .overhead_blocks = kOverheadBlocks,
                .batch_invariant = a.batch_invariant},
-      .pieces =
-          split_kv::Workspace::at(launch.workspace, batch, grid_parts, split_kv::strips_of(a.q.size(1), a.q.size(2))),
+      .pieces = split_kv::Workspace::at(launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2))),
       .attn_sink = a.attn_sink.as<const float>(),
       .scale = static_cast<float>(a.softmax_scale) * kLog2e,
       .s_q = static_cast<int>(a.q.size(1)),
@@ -119,8 +117,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   constexpr std::size_t kBytes = sizeof(Shared<Record::kWidth>) + 1024;
   const auto kernel = sparse_mla_decode_sm90_kernel<Record, Extra>;
   cuda::allow_shared_bytes(name, kernel, kBytes);
-  cuda::launch(name, kernel, dim3(row_tiles(a), grid_parts), dim3(kThreads), kBytes, launch, problem);
-  if (split_kv::cuts_requests(grid_parts, batch, a.batch_invariant))
+  cuda::launch(name, kernel, dim3(row_tiles(a), parts), dim3(kThreads), kBytes, launch, problem);
+  if (split_kv::cuts_requests(parts, batch, a.batch_invariant))
     split_kv::combine(name, problem.pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }
 
@@ -144,15 +142,17 @@ Reason sparse_mla_decode_sm90_refusal(const SparseMlaDecodeArgs& a) {
   if (!aligned(a.k_cache) || (a.extra_k_cache && !aligned(a.extra_k_cache)))
     return "takes caches of pages aligned to 16 bytes";
   if (split_kv::scratch_bytes(a.q.size(0)) > sizeof(Shared<512>::keys)) return "takes smaller batches";
+  if (a.batch_invariant && parts_of(a, split_kv::kMostMultiprocessors) > split_kv::kMostParts)
+    return "takes smaller batches with batch_invariant";
   if (row_tiles(a) > 1 << 20) return "takes fewer queries";
   return "";
 }
 
 std::size_t sparse_mla_decode_sm90_workspace(const SparseMlaDecodeArgs& a) {
   if (a.lse.numel() == 0) return 0;
-  const int count = parts(a, kMultiprocessors);
-  const bool cuts = split_kv::cuts_requests(count, a.q.size(0), a.batch_invariant);
-  return split_kv::Workspace::bytes(a.q.size(0), count, cuts ? split_kv::strips_of(a.q.size(1), a.q.size(2)) : 0);
+  const int parts = parts_of(a, split_kv::kMostMultiprocessors);
+  const bool cuts = split_kv::cuts_requests(parts, a.q.size(0), a.batch_invariant);
+  return split_kv::Workspace::bytes(a.q.size(0), parts, cuts ? split_kv::strips_of(a.q.size(1), a.q.size(2)) : 0);
 }
 
 void sparse_mla_decode_sm90(const SparseMlaDecodeArgs& a, const Launch& launch) {

@@ -158,7 +158,7 @@ class RowStream {
   __device__ void turn() {
     next_is_extra_ = is_next_extra();
     const bool valid = cache(next_is_extra_).has(index_[0]);
-    next_valid_ = __reduce_or_sync(0xffffffff, static_cast<unsigned>(valid) << row_ % kRowsPerWarp);
+    next_valid_ = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid) << row_ % kRowsPerWarp);
     const auto turn_to = [&]<class R>() {
       const auto entry = cache(next_is_extra_).template entry<R>(index_[0]);
       bytes_ = entry.data;
@@ -274,7 +274,7 @@ struct Output {
   __device__ float value(int i) const { return values[i / kHalf][i % kHalf]; }
 
   __device__ void multiply(const float (&factors)[2]) {
-    if (__all_sync(0xffffffff, factors[0] == 1 && factors[1] == 1)) return;
+    if (__all_sync(cuda::kAllLanes, factors[0] == 1 && factors[1] == 1)) return;
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) values[i / kHalf][i % kHalf] *= factors[i / 2 % 2];
   }
@@ -399,8 +399,8 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i)
         if (i / 2 % 2 == row) block_most = fmaxf(block_most, s[i]);
-      block_most = fmaxf(block_most, __shfl_xor_sync(0xffffffff, block_most, 1));
-      block_most = fmaxf(block_most, __shfl_xor_sync(0xffffffff, block_most, 2));
+      block_most = fmaxf(block_most, __shfl_xor_sync(cuda::kAllLanes, block_most, 1));
+      block_most = fmaxf(block_most, __shfl_xor_sync(cuda::kAllLanes, block_most, 2));
       const float now = fmaxf(most[row], block_most * scale), base = now == -INFINITY ? 0 : now;
       factors[row] = cuda::power_of_two(most[row] - base);
       most[row] = now;
@@ -418,8 +418,8 @@ struct Softmax {
   __device__ void add_lanes() {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 1);
-      sum[row] += __shfl_xor_sync(0xffffffff, sum[row], 2);
+      sum[row] += __shfl_xor_sync(cuda::kAllLanes, sum[row], 1);
+      sum[row] += __shfl_xor_sync(cuda::kAllLanes, sum[row], 2);
     }
   }
 };
