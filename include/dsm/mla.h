@@ -16,8 +16,9 @@ namespace dsm {
 // values of quantised rows are rounded to q's dtype, and finite scores must be below 2^24 in magnitude.
 //
 // GPUs share the keys of a call between multiprocessors, which decides the order of sums. With batch_invariant the
-// requests are cut by their own lengths alone: the bits of a request are the same in any batch, at any place in it,
-// with any number of pages or of other requests. Few requests take longer then. On the CPU they always are the same.
+// requests are cut by their own lengths alone: the bits of a request are the same in any batch of up to 4096, at any
+// place in it, with any number of pages or of other requests, as long as one implementation takes the calls. Few
+// requests take longer then, and the workspace grows with the batch. On the CPU they always are the same.
 
 /// Attention of new tokens over a paged cache, with grouped query heads:
 ///

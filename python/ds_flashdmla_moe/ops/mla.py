@@ -43,8 +43,8 @@ def mla_decode(
         softmax_scale: default ``d_qk**-0.5``.
         causal: query i sees keys ``j <= i + cache_seqlens[b] - s_q``.
         k_scale: one float32, by which the elements of an FP8 cache are multiplied; default 1.
-        batch_invariant: a request gives the same bits in every batch. GPUs then do not let the other requests decide
-            how its keys are shared between multiprocessors, and need longer for few requests.
+        batch_invariant: a request gives the same bits in every batch of up to 4096. GPUs then do not let the other
+            requests decide how its keys are shared between multiprocessors, and need longer for few requests.
         out: written and returned instead of a new tensor; any strides, the last one 1.
 
     Returns:
