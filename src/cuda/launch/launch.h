@@ -63,7 +63,8 @@ inline int compute_capability(const char* operation) {
 inline bool is_hopper(const char* operation) { return compute_capability(operation) == 90; }
 
 /// As launch, for a kernel that may start while the one before it on the stream still runs (programmatic dependent
-/// launch, sm_90 and newer): it reads nothing of that one's before await_previous_kernel (src/cuda/ptx/barrier.cuh).
+/// launch): it reads nothing of that one's before await_previous_kernel (src/cuda/ptx/barrier.cuh). Only where code for
+/// sm_90a runs: that for older devices, which newer ones run, too, does not wait.
 template <class... Parameters, class... Arguments>
 void launch_dependent(const char* operation, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                       std::size_t shared_bytes, const Launch& on, Arguments&&... arguments) {
@@ -72,7 +73,7 @@ void launch_dependent(const char* operation, void (*kernel)(Parameters...), dim3
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = launch_config(grid, block, shared_bytes, on);
   config.attrs = &early;
-  config.numAttrs = compute_capability(operation) >= 90;
+  config.numAttrs = is_hopper(operation);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), operation);
 }
 

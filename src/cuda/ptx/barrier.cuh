@@ -93,7 +93,7 @@ __device__ __forceinline__ void give_registers() {
 }
 
 /// Programmatic dependent launch: wait until the kernel before has let its results be seen; let the next one start.
-/// Older devices, whose kernels do not overlap, need neither.
+/// Code for older devices has neither, so that its kernels must not overlap (launch_dependent).
 __device__ __forceinline__ void await_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
