@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   // The first parts are on their way before it is known whether they have keys.
 #pragma unroll
   for (int p = 0; p < kAtOnce; ++p)
-    if (p < parts) load(p, p, lane * W);
+    if (p < parts && d_v > 0) load(p, p, lane * W);
 
   SoftmaxState<A> state{first_lse, A(0)};
 #pragma unroll 1
