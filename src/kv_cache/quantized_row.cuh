@@ -95,11 +95,8 @@ __device__ __forceinline__ void store_group(KvEntry<std::uint8_t> entry, int col
     }
     cuda::store_bytes(entry.data + column / 2, __builtin_bit_cast(cuda::Bytes<4 * kCount>, codes), aligned);
   } else {
-    constexpr int kAtOnce = kCount < 2 ? 1 : 2;  // whose codes are stored by one access
     const auto store_codes = [&](const auto& by, bool scale_is_nan) {
-#pragma unroll
-      for (int c = 0; c < kCount; c += kAtOnce)
-        store_e4m3<kAtOnce>(chunks + c, by, scale_is_nan, entry.data + column + c * kChunk, aligned);
+      store_e4m3<kCount>(chunks, by, scale_is_nan, entry.data + column, aligned);
     };
     if constexpr (kScales == KvScales::fp32) {
       const float scale = e4m3_block_scale_float(amax);

@@ -36,19 +36,6 @@ __device__ __forceinline__ Words<N> load_words(const std::uint8_t* from) {
   }
 }
 
-/// N bytes, by one access where kAligned says that the address is a multiple of N.
-template <int N, bool kAligned>
-__device__ __forceinline__ Bytes<N> load_bytes(const std::uint8_t* from) {
-  if constexpr (kAligned) {
-    return load_pack<N>(from);
-  } else {
-    Bytes<N> bytes;
-#pragma unroll
-    for (int i = 0; i < N; ++i) bytes.at[i] = from[i];
-    return bytes;
-  }
-}
-
 template <int N>
 __device__ __forceinline__ void store_bytes(std::uint8_t* to, const Bytes<N>& bytes, bool aligned) {
   if (aligned) return store_pack(to, bytes);
@@ -117,12 +104,6 @@ __device__ __forceinline__ void widen_e2m1(const Words<N / 2>& pairs, float (&to
     }
   }
 }
-template <int N>
-  requires(N > 2)  // one byte is its own word
-__device__ __forceinline__ void widen_e2m1(const Bytes<N / 2>& pairs, float (&to)[N]) {
-  widen_e2m1(__builtin_bit_cast(Words<N / 2>, pairs), to);
-}
-
 /// The nearest codes, ties to even, saturating; the sign of NaN may be lost.
 template <int N>
 __device__ __forceinline__ Bytes<N> e4m3_codes(const float (&x)[N]) {
