@@ -62,6 +62,13 @@ def forced(operator: str, row: str) -> Iterator[None]:
         torch.ops.dsm.force_implementation(operator, "")
 
 
+def same_bits(left: Results, right: Results) -> bool:
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
 def _in_float64(arguments: Arguments) -> Arguments:
     wide = {name: widened(value) for name, value in arguments.items()}
     if (scale := wide.pop("k_scale", None)) is not None:
@@ -166,9 +173,11 @@ def _slots(tokens: int, rows: int) -> Tensor:
     return slots
 
 
-def _insert(size: int, v4: bool = False) -> Callable[[], Arguments]:
+MARKED = 2500  # so many tokens that the last one of a row is found by marks in the workspace
+
+
+def _insert(size: int, v4: bool = False, tokens: int = 333) -> Callable[[], Arguments]:
     """Into records of so many bytes; 0: into a bfloat16 cache."""
-    tokens = 333
 
     def drawn() -> Arguments:
         cache = torch.full((7, 64, 1, size), 255).byte() if size else torch.zeros(7, 64, 1, 576).to(BF16)
@@ -177,6 +186,14 @@ def _insert(size: int, v4: bool = False) -> Callable[[], Arguments]:
             return {"latent": rows[:, :512], "k_pe": rows[:, 512:], "cache": cache, "slots": slots}
         turned = {"positions": torch.randint(100_000, (tokens,)), "inv_freq": dsm.ops.rope_frequencies(64)}
         return {"kv": rows[:, :512].clone(), "cache": cache, "slots": slots, "weight": torch.rand(512), **turned}
+
+    return drawn
+
+
+def _insert_keys(tokens: int) -> Callable[[], Arguments]:
+    def drawn() -> Arguments:
+        cache = torch.full((7, 64, 1, 132), 255).byte()
+        return {"k": torch.randn(tokens, 128).to(BF16), "cache": cache, "slots": _slots(tokens, 7 * 64)}
 
     return drawn
 
@@ -247,6 +264,18 @@ CALLS = (
         Call("v4_kv_insert", f"{size} bytes", PORTABLE, _insert(size, True), _filled(dsm.ops.v4_kv_insert), exact=True)
         for size in (584, 528, 288)
     ),
+    *(
+        Call("indexer_k_insert", f"{tokens} tokens", PORTABLE, _insert_keys(tokens), _filled(dsm.ops.indexer_k_insert),
+             exact=True)
+        for tokens in (333, MARKED)
+    ),
+    *(
+        Call("mla_kv_insert", f"{size} bytes, {MARKED} tokens", PORTABLE, _insert(size, tokens=MARKED),
+             _filled(dsm.ops.mla_kv_insert), exact=True)
+        for size in (656, 0)
+    ),
+    Call("v4_kv_insert", f"584 bytes, {MARKED} tokens", PORTABLE, _insert(584, True, MARKED),
+         _filled(dsm.ops.v4_kv_insert), exact=True),
     *(
         Call("kv_gather", f"{size} bytes", PORTABLE, _gather(size), _gathered, exact=True)
         for size in (656, 352, 584, 528, 288, 0)

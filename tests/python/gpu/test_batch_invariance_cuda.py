@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 import torch
 from cache_layouts import quantised
+from hostile import CUDA, moved
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
@@ -16,7 +17,6 @@ from ds_flashdmla_moe.flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-CUDA = torch.device("cuda", 0)
 LENGTHS = (1, 17000, 64, 0, 2049, 700, 2048, 5000, 63, 40000, 4097, 130)
 # Requests, in their order: others beside them, none, the same ones twice.
 CHOICES = ([1], [9, 9], [4, 7, 1], [10, 2, 3, 6, 0, 11], list(reversed(range(len(LENGTHS)))), [9, *[5] * 150])
@@ -48,9 +48,7 @@ def sparse(cache_bytes: int | None, h_q: int, topk: int) -> Call:
     """Of the chosen requests, of whose lists as much counts as of the longest one's."""
     rows = 4096
     pool = quantised(cache_bytes or 584, 64, 64)
-    cache = pool.values.view(64, 64, 1, -1).bfloat16() if cache_bytes is None else pool.cache
-    memory = torch.empty(0, dtype=cache.dtype).set_(cache.untyped_storage())
-    cache = memory.to(CUDA).as_strided(cache.shape, cache.stride(), cache.storage_offset())
+    cache = moved(pool.values.view(64, 64, 1, -1).bfloat16() if cache_bytes is None else pool.cache)
     counts = [min(length, topk) for length in LENGTHS]
     indices = torch.randint(0, rows, (len(LENGTHS), 2, topk), dtype=torch.int32, device=CUDA)
     q = torch.randn(len(LENGTHS), 2, h_q, pool.values.shape[1], dtype=torch.bfloat16, device=CUDA)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hostile import CUDA
 
 from ds_flashdmla_moe.accuracy import distance
 from ds_flashdmla_moe.cases import CASES, Case, Trial
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-CUDA = torch.device("cuda", 0)
 # Both round probabilities to 16 bits, at other scales: of a few roots of mean squares one is a little larger.
 MARGIN = 1.05
 

@@ -7,13 +7,12 @@ import math
 
 import pytest
 import torch
+from hostile import CUDA
 
 import ds_flashdmla_moe as dsm
 from tolerance import FLOATING, assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -55,6 +54,13 @@ def test_merge_keeps_nan_in_its_query() -> None:
     assert lse.isnan().sum() == 1
     assert torch.equal(out[0, :, 0], clean[0, :, 0])
     assert torch.equal(out[0, 1], clean[0, 1])
+
+
+def test_merge_of_outputs_without_columns() -> None:
+    outs, lses = torch.randn(3, 2, 1, 4, 8, device=CUDA), torch.randn(3, 2, 4, 1, device=CUDA)
+    out, lse = dsm.ops.merge_attention_states(outs[..., :0].contiguous(), lses)
+    assert out.shape == (2, 1, 4, 0)
+    torch.testing.assert_close(lse, lses.logsumexp(0))
 
 
 def test_merge_does_not_overflow() -> None:

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hostile import CUDA, HOPPER
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 
-CUDA = torch.device("cuda", 0)
 # Probabilities are rounded to 16 bits before they meet the values: a relative error of half an ulp in each.
 RELATIVE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

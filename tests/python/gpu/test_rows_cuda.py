@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from calls import CALLS, Call, Results, forced, on_gpu
+from calls import CALLS, Call, Results, forced, on_gpu, same_bits
 from hostile import CUDA, HALF, HOPPER, INT_MAX, INT_MIN, int32
 from torch import Tensor
 
@@ -37,23 +37,6 @@ def rows_of(calls: Sequence[Call]) -> pytest.MarkDecorator:
 
 EVERY = rows_of(CALLS)
 ATTENTION = rows_of([call for call in CALLS if call.operator.startswith(("mla_decode", "sparse"))])
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """New tensors and workspaces are full of NaN and of the largest integers, so that what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def same_bits(left: Results, right: Results) -> bool:
-    return all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 def test_every_row_has_a_call() -> None:

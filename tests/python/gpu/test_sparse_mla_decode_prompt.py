@@ -6,14 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cache_layouts import Pool, quantised
+from hostile import CUDA, HOPPER
 
 import ds_flashdmla_moe as dsm
 from tolerance import assert_close
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
-CUDA = torch.device("cuda", 0)
 SAMPLE = [0, 1, 131, 132, 2047, 4094, 4095]
 SPARE_BYTES = 64 << 20  # what a call may take beside its results
 

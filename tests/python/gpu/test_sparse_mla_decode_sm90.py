@@ -8,16 +8,14 @@ import math
 import pytest
 import torch
 from cache_layouts import FORMATS, Pool, poison, quantised
+from hostile import HOPPER, INT_MAX, INT_MIN
 from mla_truth import attend_all
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
 from tolerance import assert_close
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-
-INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 
 def lists(batch: int, s_q: int, topk: int, rows: int, hostile: float = 0.0) -> Tensor:

@@ -8,16 +8,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hostile import CUDA, HOPPER
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
 from tolerance import assert_close
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
-
-CUDA = torch.device("cuda", 0)
+pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
 
 class Problem(NamedTuple):
