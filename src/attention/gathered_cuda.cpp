@@ -9,17 +9,20 @@ namespace {
 // Thread blocks that run at the same time, what beginning and ending one costs in tiles of keys, and how many splits
 // cost the merging kernel as much as a tile. Of a large GPU (132 processors); elsewhere they are merely not the best.
 constexpr std::int64_t kBlocksOfFewRows = 264, kBlocksOfManyRows = 132, kOverheadTiles = 8, kSplitsPerTile = 16;
-constexpr int kInvariantSplits = 8;
+constexpr std::int64_t kInvariantSplits = 8;
 
 std::size_t element_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
 }  // namespace
 
 int GatheredWork::splits() const {
-  if (batch_invariant) return kInvariantSplits;
   const bool few = rows <= kMostOfFew;
   const std::int64_t slots = few ? kBlocksOfFewRows : kBlocksOfManyRows, rows_at_once = few ? kFewRows : kManyRows;
   const std::int64_t blocks = units * ((rows + rows_at_once - 1) / rows_at_once);
+  if (batch_invariant) {  // a request of many blocks needs no splits, whose outputs would take much memory
+    const std::int64_t of_request = std::max<std::int64_t>(blocks / std::max<std::int64_t>(requests, 1), 1);
+    return static_cast<int>(std::clamp<std::int64_t>(slots / of_request, 1, kInvariantSplits));
+  }
   const std::int64_t tiles = (keys + kTileKeys - 1) / kTileKeys;
   const auto cost = [&](std::int64_t count) {
     const std::int64_t waves = (blocks * count + slots - 1) / slots;

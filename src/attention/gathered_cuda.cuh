@@ -134,7 +134,8 @@ struct GatheredAttention {
   __host__ __device__ std::int64_t rows() const { return queries() * group(); }
   __host__ __device__ std::int64_t units() const { return requests * (own_lists ? s_q : 1) * h_kv; }
   GatheredWork work() const {
-    return {units(), rows(), pools[0].listed + (pool_count > 1 ? pools[1].listed : 0), d_v, dtype, batch_invariant};
+    return {requests, units(), rows(),         pools[0].listed + (pool_count > 1 ? pools[1].listed : 0),
+            d_v,      dtype,   batch_invariant};
   }
 };
 

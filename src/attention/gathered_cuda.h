@@ -11,12 +11,13 @@ namespace dsm::attention {
 /// What decides how portable CUDA splits a call: shapes alone. A unit is a list of keys with the query rows that share
 /// it; its keys may be split between thread blocks, whose results another kernel adds up.
 struct GatheredWork {
-  std::int64_t units;
-  std::int64_t rows;  ///< query rows of a unit
-  std::int64_t keys;  ///< the most that a unit can have
+  std::int64_t requests;
+  std::int64_t units;  ///< of all requests, each with as many
+  std::int64_t rows;   ///< query rows of a unit
+  std::int64_t keys;   ///< the most that a unit can have
   std::int64_t d_v;
   DType dtype;                   ///< of the queries
-  bool batch_invariant = false;  ///< units are split in the same way, whatever their number and the others' keys
+  bool batch_invariant = false;  ///< units are split in the same way, whatever the number of requests and of keys
 
   int splits() const;
   /// Of the parts' outputs and softmax states; 0 without a split.

@@ -93,7 +93,8 @@ std::size_t mla_decode_workspace(const MlaDecodeArgs& a) {
   if (decode.allows("sm90") && mla_decode_sm90_refusal(a).empty()) return mla_decode_sm90_workspace(a);
 #endif
   const std::int64_t h_kv = std::max<std::int64_t>(a.k_cache.size(2), 1);
-  return attention::GatheredWork{.units = a.q.size(0) * h_kv,
+  return attention::GatheredWork{.requests = a.q.size(0),
+                                 .units = a.q.size(0) * h_kv,
                                  .rows = a.q.size(1) * (a.q.size(2) / h_kv),
                                  .keys = a.block_table.size(1) * a.k_cache.size(1),
                                  .d_v = a.out.size(3),

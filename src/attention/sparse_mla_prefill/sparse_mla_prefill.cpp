@@ -47,7 +47,8 @@ std::size_t sparse_mla_prefill_workspace(const SparseMlaPrefillArgs& a) {
   if (prefill.allows("sm90") && sparse_mla_prefill_sm90_refusal(a).empty()) return sparse_mla_prefill_sm90_workspace(a);
 #endif
   const std::int64_t h_kv = std::max<std::int64_t>(a.kv.size(1), 1);
-  return attention::GatheredWork{.units = a.q.size(0) * h_kv,
+  return attention::GatheredWork{.requests = a.q.size(0),
+                                 .units = a.q.size(0) * h_kv,
                                  .rows = a.q.size(1) / h_kv,
                                  .keys = a.indices.size(2),
                                  .d_v = a.out.size(2),
