@@ -9,7 +9,7 @@
 
 namespace dsm::cuda {
 
-/// Begins to fill kBytes (16 or 8, aligned to as much) in shared memory with so many `bytes` and zeros behind them.
+/// Begins to fill kBytes (16, 8 or 4, aligned to as much) in shared memory with so many `bytes` and zeros behind them.
 /// With 0 bytes `from` is not read, but must be an address.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, int bytes) {
