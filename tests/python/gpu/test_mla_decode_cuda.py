@@ -91,9 +91,12 @@ def test_decode_agrees_with_float64(case: Case, dtype: torch.dtype) -> None:
     inputs = problem(case, dtype)
     out, lse = dsm.ops.mla_decode(**inputs, d_v=512, causal=case.causal)
     true_out, true_lse = truth(case, **inputs)
-    error = float((out.double() - true_out).norm() / true_out.norm().clamp(min=1e-30))
-    print(f"relative error {error:.2e} of {RELATIVE[dtype]:.0e}")
+    wrong = out.double() - true_out
+    error = float(wrong.norm() / true_out.norm().clamp(min=1e-30))
+    worst = float((wrong.norm(dim=-1) / true_out.norm(dim=-1).clamp(min=1e-30)).max())
+    print(f"relative error {error:.2e} of {RELATIVE[dtype]:.0e}, of the worst query {worst:.2e}")
     assert error < RELATIVE[dtype]
+    assert worst < 4 * RELATIVE[dtype]  # outputs of many keys are small: one that is wrong hardly shows in all
     assert torch.equal(lse.isinf(), true_lse.isinf())
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=2e-5)
     for _ in range(3):
