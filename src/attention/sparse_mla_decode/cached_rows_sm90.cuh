@@ -66,7 +66,6 @@ struct Pieces {
       Record::kQuantized / Record::kGroup * static_cast<int>(sizeof(typename Record::Scale));
   static constexpr int kScales = (kScaleBytes + 15) / 16;
   static constexpr int kLot = (kCodes + kTail + 1) / 2;  // codes and tail come in two lots
-  static constexpr int kRowBytes = (kCodes + kTail) * 64 + (requires { Record::kScalesAt; } ? kScaleBytes : 0);
 };
 
 /// The row among kRowsPerWarp that a lane helps to bring: rows r and r ^ 5 side by side, so that neither the stores of
@@ -84,15 +83,6 @@ __device__ __forceinline__ void store_chunk(std::uint32_t to, const std::uint32_
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(chunk[0]), "r"(chunk[1]), "r"(chunk[2]),
                "r"(chunk[3])
                : "memory");
-}
-
-/// Fetches a row to the level-2 cache.
-template <class Record>
-__device__ __forceinline__ void fetch_row(const KvEntry<const std::uint8_t>& row, int lane) {
-  using Of = Pieces<Record>;
-  if (lane % kLanesPerRow == 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row.data), "n"(Of::kRowBytes) : "memory");
-  if (lane % kLanesPerRow == 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(row.scales));
 }
 
 /// Asks for a lane's pieces of a row, of one of the two lots.

@@ -137,8 +137,7 @@ struct BlockWalk {
 };
 
 /// Brings a quarter of a row of each block. The pieces of a row are asked for in two lots, each as soon as that of the
-/// row before has been converted, so that most of a row is always on its way; its index is asked for two blocks
-/// earlier, and a block earlier it is fetched to the level-2 cache, for there are no registers to await memory with.
+/// row before has been converted, so that most of a row is always on its way; its index a block earlier.
 template <class Record, class Extra>
 class RowStream {
  public:
@@ -146,32 +145,31 @@ class RowStream {
       : p_(problem),
         walk_(problem, part),
         row_((threadIdx.x / kWarpgroup - 2) * (kKeys / 2) + threadIdx.x % kWarpgroup / 32 * kRowsPerWarp +
-             row_of_lane(lane())) {
-    ask_index(0);
-    ask_index(1);
+             row_of_lane(lane())) {}
+
+  /// Whether there is a block more, after those whose indices were asked for.
+  __device__ bool more() const { return !walk_.done(); }
+
+  __device__ void ask_index() {
+    const RowTile tile(p_);
+    index_is_extra_ = walk_.block >= walk_.first_blocks;
+    const List& list = index_is_extra_ ? p_.extra : p_.list;
+    const int at = (walk_.block - (index_is_extra_ ? walk_.first_blocks : 0)) * kKeys + row_;
+    const std::int32_t* indices = list.indices + walk_.request * list.of_request + tile.position * list.of_position;
+    index_ = at < (index_is_extra_ ? walk_.extra_count : walk_.count) ? indices[at] : -1;
+    walk_.next();
   }
-
-  /// Whether there is a row to turn to.
-  __device__ bool more() const { return asked_ > 0; }
-
-  /// The next row is the one to ask for.
+  /// The row whose index was asked for is the one to ask for.
   __device__ void turn() {
-    next_is_extra_ = is_next_extra();
-    const bool valid = cache(next_is_extra_).has(index_[0]);
-    next_valid_ = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid) << row_ % kRowsPerWarp);
+    next_is_extra_ = index_is_extra_;
+    const Cache& cache = next_is_extra_ ? p_.extra.cache : p_.list.cache;
+    next_valid_ = cache.has(index_);
     const auto turn_to = [&]<class R>() {
-      const auto entry = cache(next_is_extra_).template entry<R>(index_[0]);
+      const auto entry = cache.template entry<R>(index_);
       bytes_ = entry.data;
       load_scales<R>(next_scales_, entry.scales);
     };
     next_is_extra_ ? turn_to.template operator()<Extra>() : turn_to.template operator()<Record>();
-  }
-  /// After turn: fetches the row to turn to next, and asks for the index of the one after it.
-  __device__ void look_ahead() {
-    index_[0] = index_[1];
-    extra_ >>= 1, --asked_;
-    fetch();
-    ask_index(1);
   }
   template <int kWhich>
   __device__ void ask() {
@@ -195,42 +193,20 @@ class RowStream {
   }
   /// Which of the warp's rows are any.
   __device__ void store_valid(std::uint8_t* valid) const {
-    if (lane() == 0) valid[row_ / kRowsPerWarp] = static_cast<std::uint8_t>(valid_);
+    const unsigned rows = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid_) << row_ % kRowsPerWarp);
+    if (lane() == 0) valid[row_ / kRowsPerWarp] = static_cast<std::uint8_t>(rows);
   }
 
  private:
   static constexpr int kScales = std::max(Pieces<Record>::kScales, Pieces<Extra>::kScales);
-
-  __device__ bool is_next_extra() const { return extra_ & 1; }
-  __device__ const Cache& cache(bool extra) const { return extra ? p_.extra.cache : p_.list.cache; }
-
-  __device__ void ask_index(int i) {
-    index_[i] = -1;
-    if (walk_.done()) return;
-    const bool extra = walk_.block >= walk_.first_blocks;
-    const List& list = extra ? p_.extra : p_.list;
-    const int at = (walk_.block - (extra ? walk_.first_blocks : 0)) * kKeys + row_;
-    const std::int32_t* indices =
-        list.indices + walk_.request * list.of_request + RowTile(p_).position * list.of_position;
-    if (at < (extra ? walk_.extra_count : walk_.count)) index_[i] = indices[at];
-    extra_ |= static_cast<unsigned>(extra) << i, ++asked_;
-    walk_.next();
-  }
-  __device__ void fetch() const {
-    const auto fetch_of = [&]<class R>() { fetch_row<R>(cache(is_next_extra()).template entry<R>(index_[0]), lane()); };
-    is_next_extra() ? fetch_of.template operator()<Extra>() : fetch_of.template operator()<Record>();
-  }
 
   __device__ static int lane() { return threadIdx.x % 32; }
 
   const Problem& p_;
   BlockWalk walk_;
   int row_;
-  std::int32_t index_[2];        ///< of the rows to turn to
-  unsigned extra_ = 0;           ///< bit per row of index_: of the second cache
-  int asked_ = 0;                ///< rows of index_ that there are
-  unsigned valid_, next_valid_;  ///< bit per row of the warp
-  bool is_extra_, next_is_extra_;
+  std::int32_t index_;
+  bool valid_, next_valid_, is_extra_, next_is_extra_, index_is_extra_;
   const std::uint8_t* bytes_;
   uint4 lots_[2][std::max(Pieces<Record>::kLot, Pieces<Extra>::kLot)], scales_[kScales], next_scales_[kScales];
 };
@@ -240,10 +216,12 @@ template <class Record, class Extra, int kWidth>
 __device__ __forceinline__ void bring_keys(const Problem& p, const split_kv::Part& part, Shared<kWidth>& shared) {
   RowStream<Record, Extra> rows(p, part);
   if (!rows.more()) return;
+  rows.ask_index();
   rows.turn();
   rows.template ask<0>();
   rows.template ask<1>();
-  rows.look_ahead();
+  bool next = rows.more();
+  if (next) rows.ask_index();
   for (Use use;; ++use.n) {
     rows.take();
     const std::uint32_t keys = cuda::shared_address(shared.keys[use.buffer()]);
@@ -251,15 +229,20 @@ __device__ __forceinline__ void bring_keys(const Problem& p, const split_kv::Par
     rows.store_valid(shared.valid[use.buffer()]);
     rows.template store<0>(keys);
     __syncwarp();
+    const bool last = !next;
+    if (!last) {
+      rows.turn();
+      rows.template ask<0>();
+      next = rows.more();
+      if (next) rows.ask_index();
+    }
+    __syncwarp();
     rows.template store<1>(keys);
     cuda::fence_async_shared();
     __syncwarp();
     if (threadIdx.x % 32 == 0) shared.full[use.buffer()].arrive();
-    if (!rows.more()) break;
-    rows.turn();
-    rows.template ask<0>();
+    if (last) break;
     rows.template ask<1>();
-    rows.look_ahead();
   }
 }
 
@@ -495,15 +478,12 @@ __device__ __forceinline__ void weigh_keys(const Problem& p, const split_kv::Par
       cuda::named_sync(kReceived, 2 * kWarpgroup);
       share_factors(shared.factors, factors);
       if (!finished) {
-        std::uint32_t row = cuda::shared_address(shared.weights) + cuda::swizzled(row_of_thread(), 0);
-        asm volatile("" : "+r"(row));  // or eight addresses would occupy registers all the time
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"((row ^ j * 16) + threadIdx.x % 4 * 4 + i * 1024),
-                         "r"(weights[j / 2][i + j % 2 * 2])
-                         : "memory");
+            *reinterpret_cast<std::uint32_t*>(shared.weights + cuda::swizzled(row_of_thread() + 8 * i, j) +
+                                              threadIdx.x % 4 * 4) = weights[j / 2][i + j % 2 * 2];
         cuda::fence_async_shared();
       }
       cuda::named_arrive(kMessage, 2 * kWarpgroup);
