@@ -138,7 +138,7 @@ bool aligned(const TensorView& tensor) {
 Reason mla_decode_sm90_refusal(const MlaDecodeArgs& a) {
   using namespace dense_decode;
   const auto& q = a.q;
-  if (!cuda::is_hopper("mla_decode")) return "takes GPUs of compute capability 9.0";
+  if (!cuda::is_hopper("mla_decode")) return "takes GPUs of compute capability 9.0, in a library built for sm_90a";
   if (!(a.softmax_scale > 0)) return "takes a softmax_scale above 0";
   if (q.dtype != DType::bfloat16 && q.dtype != DType::float16) return "takes float16 and bfloat16";
   if (a.k_cache.dtype != q.dtype) return "takes a cache of q's dtype";

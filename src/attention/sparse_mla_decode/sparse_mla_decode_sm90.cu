@@ -128,7 +128,8 @@ bool aligned(const TensorView& cache) {
 }  // namespace
 
 Reason sparse_mla_decode_sm90_refusal(const SparseMlaDecodeArgs& a) {
-  if (!cuda::is_hopper("sparse_mla_decode")) return "takes GPUs of compute capability 9.0";
+  if (!cuda::is_hopper("sparse_mla_decode"))
+    return "takes GPUs of compute capability 9.0, in a library built for sm_90a";
   const auto format = kv_format(a.k_cache), extra = kv_format(a.extra_k_cache ? a.extra_k_cache : a.k_cache);
   if (a.q.dtype != DType::bfloat16) return "takes bfloat16 queries";
   if (!format || !extra) return "takes quantised caches";

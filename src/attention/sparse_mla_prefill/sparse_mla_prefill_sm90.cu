@@ -27,7 +27,7 @@ void launch_prefill(const sparse_prefill_sm90::Problem& problem, const CUtensorM
 }  // namespace
 
 Reason sparse_mla_prefill_sm90_refusal(const SparseMlaPrefillArgs& a) {
-  if (!cuda::is_hopper(kName)) return "takes GPUs of compute capability 9.0";
+  if (!cuda::is_hopper(kName)) return "takes GPUs of compute capability 9.0, in a library built for sm_90a";
   if (a.q.dtype != DType::bfloat16 && a.q.dtype != DType::float16) return "takes bfloat16 and float16";
   if (a.q.size(2) != 576 && a.q.size(2) != 512) return "takes d_qk = 576 and 512";
   if (a.out.size(2) != 512) return "takes d_v = 512";

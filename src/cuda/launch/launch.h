@@ -59,8 +59,8 @@ inline int compute_capability(const char* operation) {
   return 10 * major + minor;
 }
 
-/// Whether the current device runs code for sm_90a.
-inline bool is_hopper(const char* operation) { return compute_capability(operation) == 90; }
+/// Whether the current device runs code for sm_90a, and this library has it.
+inline bool is_hopper(const char* operation) { return DSM_WITH_SM90A && compute_capability(operation) == 90; }
 
 /// As launch, for a kernel that may start while the one before it on the stream still runs (programmatic dependent
 /// launch): it reads nothing of that one's before await_previous_kernel (src/cuda/ptx/barrier.cuh). Only where code for
