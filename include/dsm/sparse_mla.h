@@ -24,8 +24,9 @@ namespace dsm {
 /// Query head h uses key head h / (h_q / h_kv). An index below 0 or from s_kv on is no key; one that is listed twice
 /// counts twice. The sink is in no statistic; −inf is none, +inf gives output 0. A query without a key, or whose scores
 /// are all −inf, has out 0, lse +inf and max_logits −inf; one with a score of +inf or NaN has out and lse NaN. Rows
-/// that no list names are never read. Probabilities are not rounded before they weigh the values, but for 16-bit types
-/// on Hopper, to the inputs' dtype, where finite scores must be below 2^24 in magnitude.
+/// that no list names are never read. GPUs round the probabilities of 16-bit types to the inputs' dtype before they
+/// weigh the values where more than 32 query heads share a key head, Hopper always; there finite scores must be below
+/// 2^24 in magnitude.
 /// Source: DeepSeek-V3.2 report (2025); FlashMLA, flash_mla_sparse_fwd.
 struct SparseMlaPrefillArgs {
   TensorView q;            ///< [s_q, h_q, d_qk], h_q a multiple of h_kv
