@@ -18,6 +18,8 @@
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_consumer.cuh"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_producer.cuh"
 #include "src/core/kv_cache.h"
 #include "src/cuda/copy/pack.cuh"
 #include "src/cuda/launch/launch.h"
