@@ -12,11 +12,10 @@ __device__ __forceinline__ int key_count(std::int32_t most, const std::int32_t* 
 }
 /// Blocks of the first cache (or of all keys), and of all lists of a request.
 __device__ __forceinline__ int first_blocks(const Keys& keys, int request) {
-  return (key_count(keys.keys, keys.length, request) + keys.block_tokens - 1) / keys.block_tokens;
+  return blocks_of(key_count(keys.keys, keys.length, request));
 }
 __device__ __forceinline__ int block_count(const Keys& keys, int request) {
-  return first_blocks(keys, request) +
-         (key_count(keys.extra_keys, keys.extra_length, request) + keys.block_tokens - 1) / keys.block_tokens;
+  return first_blocks(keys, request) + blocks_of(key_count(keys.extra_keys, keys.extra_length, request));
 }
 
 /// Shared memory that find_part needs while it runs.
@@ -40,61 +39,6 @@ __device__ __forceinline__ void store_state(const Workspace& to, int slot, int s
   reinterpret_cast<float2*>(to.states)[(std::int64_t{slot} * to.strips + strip) * kStripRows + row] =
       make_float2(most, sum);
 }
-
-/// Divides numbers below 2^31 by one of them, with one division for all.
-struct Reciprocal {
-  unsigned divisor, inverse;
-
-  __device__ explicit Reciprocal(unsigned d) : divisor(d), inverse(~0u / d) {}
-  __device__ int quotient(unsigned x) const {
-    const unsigned low = __umulhi(x, inverse);  // at most one too small
-    return static_cast<int>(low + (x - low * divisor >= divisor));
-  }
-  /// Rounded up.
-  __device__ int parts(unsigned x) const { return quotient(x + divisor - 1); }
-};
-
-/// How the keys are cut. Requests lie on a line in their order, and parts are stretches of the line of equal length.
-/// Either each request has parts of its own, as few as give none of them more blocks than the length, or requests
-/// follow each other, each after a gap of the overhead.
-class Line {
- public:
-  /// Requests that follow each other make parts of `in_turn` blocks. For requests apart the parts are enough with
-  /// `alone` blocks in each, which is no worse while it is hardly more: there are fewer pieces.
-  __device__ Line(const Keys& keys, int in_turn, int alone)
-      : apart_(alone <= in_turn + in_turn / 32),
-        gap_(apart_ ? 0 : keys.overhead_blocks),
-        length_(apart_ ? alone : in_turn) {}
-
-  /// What a request takes of the line.
-  __device__ int stretch(int blocks) const { return apart_ ? max(length_.parts(blocks), 1) * length() : blocks + gap_; }
-  /// What a part has of the request that begins at a place of the line: blocks [begin, end), if any() of it.
-  struct Share {
-    int first, last;  ///< of what has an owner: the blocks, or the end of its gap if the request has none
-    int begin, end;
-    bool any;
-
-    __device__ int blocks() const { return any ? end - begin : 0; }
-  };
-  __device__ Share share(int part, int at, int blocks) const {
-    const int first = at + gap_ - (blocks == 0 && gap_ > 0),
-              last = at + gap_ + max(blocks, 1) - 1 - (first < at + gap_);
-    const int begin = part * length(), end = begin + length();
-    return {first, last, max(begin - at - gap_, 0), max(min(end - at - gap_, blocks), 0), first < end && last >= begin};
-  }
-  __device__ Pieces pieces(int at, const Share& share) const {
-    const int first_part = length_.quotient(share.first);
-    const bool begun = at > first_part * length() && !apart_;  // by the request before
-    return {2 * first_part + begun, length_.quotient(share.last) - first_part + 1};
-  }
-
- private:
-  __device__ int length() const { return static_cast<int>(length_.divisor); }
-
-  bool apart_;
-  int gap_;
-  Reciprocal length_;
-};
 
 /// Sum of what the lanes before have.
 __device__ __forceinline__ int sum_before(int own) {
@@ -145,7 +89,7 @@ __device__ inline Part find_part_of_few(const Keys& keys, int part, int parts, P
 #pragma unroll 1
   for (int b = 0; b < keys.batch; ++b) needed += max(tried.parts(__shfl_sync(cuda::kAllLanes, blocks, b)), 1);
   const unsigned enough = __ballot_sync(cuda::kAllLanes, needed <= parts);
-  const Line line(keys, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
+  const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
   const int at = sum_before(there ? line.stretch(blocks) : 0);
   const Line::Share share = line.share(part, at, blocks);
   if (pieces && there && threadIdx.x < cuda::kWarpSize) pieces[lane] = line.pieces(at, share);
@@ -154,6 +98,25 @@ __device__ inline Part find_part_of_few(const Keys& keys, int part, int parts, P
   const int begin = __shfl_sync(cuda::kAllLanes, share.begin, first & 31),
             end = __shfl_sync(cuda::kAllLanes, share.end, last & 31);
   return {first, last, begin, end, __reduce_add_sync(cuda::kAllLanes, there ? share.blocks() : 0)};
+}
+
+/// find_part where no request's length is read: every thread finds it.
+__device__ __forceinline__ Part find_part_of_equals(const Keys& keys, const EqualRequests& equal, int part,
+                                                    Pieces* pieces) {
+  const Line& line = equal.line;
+  const auto share = [&](int request) {
+    return line.share(part, request * static_cast<int>(equal.stretch.divisor), equal.blocks);
+  };
+  if (pieces)
+    for (int b = threadIdx.x; b < keys.batch; b += blockDim.x)
+      pieces[b] = line.pieces(b * static_cast<int>(equal.stretch.divisor), share(b));
+  const Line::Share of_first = share(0);
+  const int begin = part * line.length(), end = begin + line.length();
+  const int first = equal.stretch.parts(max(begin - of_first.last, 0)),
+            last = end <= of_first.first ? -1 : min(equal.stretch.quotient(end - 1 - of_first.first), keys.batch - 1);
+  if (first > last) return {keys.batch, -1, 0, 0, 0};
+  const int first_block = share(first).begin, end_block = share(last).end;
+  return {first, last, first_block, end_block, (last - first) * equal.blocks + end_block - first_block};
 }
 
 /// The part with number `part` of `parts`; all threads of the block call it, `scratch` is theirs until it returns, and
@@ -187,7 +150,7 @@ __device__ inline Part find_part(const Keys& keys, int part, int parts, void* sc
 
   if (warp == 0) {
     const unsigned enough = __ballot_sync(cuda::kAllLanes, own_parts[lane] <= parts);
-    const Line line(keys, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
+    const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
     const int requests = (keys.batch + cuda::kWarpSize - 1) / cuda::kWarpSize;
     const int begin = min(lane * requests, keys.batch), end = min(begin + requests, keys.batch);
     int own = 0;

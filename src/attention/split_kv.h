@@ -7,6 +7,7 @@
 
 #include "dsm/launch.h"
 #include "dsm/tensor_view.h"
+#include "src/numerics/host_device.h"
 
 namespace dsm::split_kv {
 
@@ -39,16 +40,91 @@ struct Pieces {
   }
 };
 
+inline constexpr int kBlockKeys = 64;
+
+DSM_HD_INLINE constexpr int blocks_of(int keys) { return (keys + kBlockKeys - 1) / kBlockKeys; }
+
+/// Divides numbers below 2^31 by one of them, with one division for all.
+struct Reciprocal {
+  unsigned divisor = 1, inverse = ~0u;
+
+  Reciprocal() = default;
+  DSM_HD_INLINE explicit Reciprocal(unsigned d) : divisor(d), inverse(~0u / d) {}
+  DSM_HD_INLINE int quotient(unsigned x) const {
+    const auto low = static_cast<unsigned>(std::uint64_t{x} * inverse >> 32);  // at most one too small
+    return static_cast<int>(low + (x - low * divisor >= divisor));
+  }
+  /// Rounded up.
+  DSM_HD_INLINE int parts(unsigned x) const { return quotient(x + divisor - 1); }
+};
+
+/// How the keys are cut. Requests lie on a line in their order, and parts are stretches of the line of equal length.
+/// Either each request has parts of its own, as few as give none of them more blocks than the length, or requests
+/// follow each other, each after a gap of the overhead.
+class Line {
+ public:
+  Line() = default;
+  /// Requests that follow each other make parts of `in_turn` blocks. For requests apart the parts are enough with
+  /// `alone` blocks in each, which is no worse while it is hardly more: there are fewer pieces.
+  DSM_HD_INLINE Line(int gap, int in_turn, int alone)
+      : apart_(alone <= in_turn + in_turn / 32), gap_(apart_ ? 0 : gap), length_(apart_ ? alone : in_turn) {}
+
+  /// What a request takes of the line.
+  DSM_HD_INLINE int stretch(int blocks) const {
+    return apart_ ? largest(length_.parts(blocks), 1) * length() : blocks + gap_;
+  }
+  /// What a part has of the request that begins at a place of the line: blocks [begin, end), if any() of it.
+  struct Share {
+    int first, last;  ///< of what has an owner: the blocks, or the end of its gap if the request has none
+    int begin, end;
+    bool any;
+
+    DSM_HD_INLINE int blocks() const { return any ? end - begin : 0; }
+  };
+  DSM_HD_INLINE Share share(int part, int at, int blocks) const {
+    const int first = at + gap_ - (blocks == 0 && gap_ > 0),
+              last = at + gap_ + largest(blocks, 1) - 1 - (first < at + gap_);
+    const int begin = part * length(), end = begin + length();
+    return {first, last, largest(begin - at - gap_, 0), largest(least(end - at - gap_, blocks), 0),
+            first < end && last >= begin};
+  }
+  DSM_HD_INLINE Pieces pieces(int at, const Share& share) const {
+    const int first_part = length_.quotient(share.first);
+    const bool begun = at > first_part * length() && !apart_;  // by the request before
+    return {2 * first_part + begun, length_.quotient(share.last) - first_part + 1};
+  }
+  DSM_HD_INLINE int length() const { return static_cast<int>(length_.divisor); }
+
+ private:
+  DSM_HD_INLINE static int least(int a, int b) { return a < b ? a : b; }
+  DSM_HD_INLINE static int largest(int a, int b) { return a > b ? a : b; }
+
+  bool apart_ = false;
+  int gap_ = 0;
+  Reciprocal length_;
+};
+
 /// Where the number of keys of a request is found. Lists of a second cache begin on a block of their own.
 struct Keys {
   std::int32_t batch;
-  std::int32_t block_tokens;
   std::int32_t keys;                 ///< of every request, or at most where lengths are given
   const std::int32_t* length;        ///< [batch], or null
   std::int32_t extra_keys;           ///< of the second cache; 0: none
   const std::int32_t* extra_length;  ///< [batch], or null
   std::int32_t overhead_blocks;      ///< what beginning a request costs a part, at least 1
   bool batch_invariant;              ///< every request is cut by its own length alone
+
+  DSM_HD_INLINE bool equal() const { return !length && !extra_length; }
+};
+
+/// How requests are cut that all have as many keys: known before anything of the device is read.
+struct EqualRequests {
+  std::int32_t blocks = 0;  ///< of each
+  Line line;
+  Reciprocal stretch;  ///< of the line, of each
+
+  EqualRequests() = default;
+  EqualRequests(const Keys& keys, int parts);
 };
 
 /// Batch-invariant pieces have at least so many blocks, and a request at most so many of them.

@@ -211,6 +211,15 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize, 16 / kWarps)
 
 }  // namespace
 
+EqualRequests::EqualRequests(const Keys& keys, int parts) : blocks(blocks_of(keys.keys) + blocks_of(keys.extra_keys)) {
+  const auto shared_by = [](int what, int by) { return (what + by - 1) / by; };
+  const int parts_of_each = keys.batch > 0 ? parts / keys.batch : 0, least = shared_by(keys.batch * blocks, parts);
+  const int alone = parts_of_each > 0 ? std::max({least, shared_by(blocks, parts_of_each), 1}) : INT32_MAX;
+  const int in_turn = std::max(shared_by(keys.batch * (blocks + keys.overhead_blocks), parts), 1);
+  line = Line(keys.overhead_blocks, in_turn, alone);
+  stretch = Reciprocal(line.stretch(blocks));
+}
+
 std::size_t Workspace::bytes(std::int64_t batch, int parts, std::int64_t strips) {
   const std::size_t slots_strips = static_cast<std::size_t>(2) * parts * strips;
   return aligned(batch * sizeof(Pieces)) + slots_strips * (kStripRows * sizeof(float2) + kStripValues * sizeof(float));

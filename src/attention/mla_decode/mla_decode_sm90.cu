@@ -92,7 +92,6 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
   };
   Params params{.heads = cuda::Divider(static_cast<std::uint32_t>(h_q))};
   params.keys = {.batch = static_cast<std::int32_t>(batch),
-                 .block_tokens = kRows,
                  .keys = static_cast<std::int32_t>(a.block_table.size(1) * page_size),
                  .length = a.cache_seqlens.as<const std::int32_t>(),
                  .extra_keys = 0,

@@ -46,9 +46,9 @@ struct Cache {
   template <class Record>
   __device__ KvEntry<const std::uint8_t> entry(std::int32_t index) const {
     const auto* zeros = reinterpret_cast<const std::uint8_t*>(zero_row);
-    if (!has(index)) return {zeros, zeros};
-    const std::uint32_t page = page_of.quotient(index);
-    return kv_entry<Record>(pages + page * page_bytes, page_size, index - page * page_size);
+    const std::uint32_t page = page_of.quotient(index), in_page = index - page * page_of.divisor();
+    const auto its = kv_entry<Record>(pages + page * page_bytes, page_size, in_page);
+    return {has(index) ? its.data : zeros, has(index) ? its.scales : zeros};
   }
 
  private:

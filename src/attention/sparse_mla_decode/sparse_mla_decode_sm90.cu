@@ -37,11 +37,6 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ std::uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<Record::kWidth>*>(memory + (-cuda::shared_address(memory) & 1023));
-  const bool first = blockIdx.x == 0 && blockIdx.y == 0;
-  const split_kv::Part part =
-      split_kv::find_part(p.keys, blockIdx.y, gridDim.y, shared.keys, first ? p.pieces.pieces : nullptr);
-  cuda::release_next_kernel();
-  if (part.last_request < part.first_request) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kKeyBuffers; ++i) {
       shared.full[i].init(2 * kWarpgroup / 32);
@@ -50,6 +45,12 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
     cuda::fence_barrier_init();
   }
   __syncthreads();
+  split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
+  const split_kv::Part part = p.keys.equal() && !p.keys.batch_invariant
+                                  ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
+                                  : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, shared.keys, pieces);
+  cuda::release_next_kernel();
+  if (part.last_request < part.first_request) return;
 
   const int warpgroup = __shfl_sync(cuda::kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
@@ -87,6 +88,13 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   const auto batch = static_cast<int>(a.q.size(0));
   const int parts = parts_of(a, cuda::multiprocessors(name));
   const List list = list_of(a.k_cache, a.indices);
+  const split_kv::Keys keys{.batch = batch,
+                            .keys = static_cast<std::int32_t>(a.indices.size(2)),
+                            .length = a.topk_length.as<const std::int32_t>(),
+                            .extra_keys = two ? static_cast<std::int32_t>(a.extra_indices.size(2)) : 0,
+                            .extra_length = a.extra_topk_length.as<const std::int32_t>(),
+                            .overhead_blocks = kOverheadBlocks,
+                            .batch_invariant = a.batch_invariant};
   const Problem problem{
       .q = a.q.as<const __nv_bfloat16>(),
       .q_request = a.q.stride[0],
@@ -94,20 +102,14 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
       .q_head = a.q.stride[2],
       .list = list,
       .extra = two ? list_of(a.extra_k_cache, a.extra_indices) : list,
-      .keys = {.batch = batch,
-               .block_tokens = kKeys,
-               .keys = static_cast<std::int32_t>(a.indices.size(2)),
-               .length = a.topk_length.as<const std::int32_t>(),
-               .extra_keys = two ? static_cast<std::int32_t>(a.extra_indices.size(2)) : 0,
-               .extra_length = a.extra_topk_length.as<const std::int32_t>(),
-               .overhead_blocks = kOverheadBlocks,
-               .batch_invariant = a.batch_invariant},
+      .keys = keys,
+      .equal = split_kv::EqualRequests(keys, parts),
       .pieces = split_kv::Workspace::at(launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2))),
       .attn_sink = a.attn_sink.as<const float>(),
       .scale = static_cast<float>(a.softmax_scale) * kLog2e,
       .s_q = static_cast<int>(a.q.size(1)),
       .h_q = static_cast<int>(a.q.size(2)),
-      .head_tiles = cuda::ceil_div(static_cast<int>(a.q.size(2)), kHeads),
+      .head_tiles = cuda::Divider(cuda::ceil_div(static_cast<std::uint32_t>(a.q.size(2)), std::uint32_t{kHeads})),
       .out = a.out.as<__nv_bfloat16>(),
       .out_request = a.out.stride[0],
       .out_position = a.out.stride[1],

@@ -14,8 +14,8 @@
 namespace dsm::sparse_mla_sm90 {
 
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kHeads = 64;     // of a thread block
-inline constexpr int kKeys = 64;      // of a block of keys
+inline constexpr int kHeads = 64;  // of a thread block
+inline constexpr int kKeys = split_kv::kBlockKeys;
 inline constexpr int kValues = 512;   // d_v
 inline constexpr int kColumns = 256;  // of the output, of one of two warpgroups
 inline constexpr int kKeyBuffers = 2;
@@ -34,10 +34,12 @@ struct Problem {
   std::int64_t q_request, q_position, q_head;  ///< strides
   List list, extra;                            ///< extra is not read when keys.extra_keys == 0
   split_kv::Keys keys;
+  split_kv::EqualRequests equal;  ///< if keys.equal()
   split_kv::Workspace pieces;
   const float* attn_sink;
   float scale;  ///< softmax_scale · log2(e)
-  int s_q, h_q, head_tiles;
+  int s_q, h_q;
+  cuda::Divider head_tiles;
   __nv_bfloat16* out;
   std::int64_t out_request, out_position, out_head;  ///< strides
   float* lse;
@@ -69,7 +71,8 @@ struct RowTile {
   int position, first_head;
 
   __device__ explicit RowTile(const Problem& p)
-      : position(blockIdx.x / p.head_tiles), first_head(blockIdx.x % p.head_tiles * kHeads) {}
+      : position(static_cast<int>(p.head_tiles.quotient(blockIdx.x))),
+        first_head(static_cast<int>(blockIdx.x - position * p.head_tiles.divisor()) * kHeads) {}
 
   /// The strip of rows of the pieces (src/attention/split_kv.h) that the warp has, and whether it has any row.
   __device__ int strip(const Problem& p) const {

@@ -11,33 +11,51 @@
 
 namespace dsm::sparse_mla_sm90 {
 
-/// The blocks of a part in their order; the position of the block to come.
-struct BlockWalk {
-  const Problem& p;
-  const split_kv::Part& part;
-  int request, block = 0, end = 0;
-  int first_blocks = 0, count = 0, extra_count = 0;  ///< blocks and keys of the first list, keys of the second
+/// The indices of a part's blocks in their order, of one row of each block.
+class IndexWalk {
+ public:
+  __device__ IndexWalk(const Problem& p, const split_kv::Part& part, int row)
+      : p_(p), part_(part), row_(row), list_(2 * part.first_request - 1) {}
 
-  __device__ BlockWalk(const Problem& problem, const split_kv::Part& of)
-      : p(problem), part(of), request(of.first_request - 1) {
-    next_request();
+  /// The index of the row in the next block, -1 beyond the list's end; false: there is no block more.
+  __device__ bool next(std::int32_t& index) {
+    if (blocks_ == 0) next_list();
+    if (blocks_ == 0) return false;
+    index = keys_ > 0 ? *at_ : -1;
+    at_ += kKeys, keys_ -= kKeys, --blocks_;
+    return true;
   }
-  __device__ bool done() const { return request > part.last_request; }
-  __device__ void next() {
-    if (++block == end) next_request();
-  }
+  /// Of which list that index is.
+  __device__ bool extra() const { return list_ % 2; }
 
  private:
-  __device__ void next_request() {
-    do {
-      if (++request > part.last_request) return;
-      const Run run(p, part, request);
-      block = run.begin, end = run.end;
-    } while (block >= end);
-    first_blocks = split_kv::first_blocks(p.keys, request);
-    count = split_kv::key_count(p.keys.keys, p.keys.length, request);
-    extra_count = split_kv::key_count(p.keys.extra_keys, p.keys.extra_length, request);
+  __device__ void next_list() {
+#pragma unroll 1
+    while (true) {
+      const int request = ++list_ / 2;
+      if (request > part_.last_request) return;
+      const int count = split_kv::key_count(p_.keys.keys, p_.keys.length, request);
+      const int before = extra() ? split_kv::blocks_of(count) : 0;
+      keys_ = extra() ? split_kv::key_count(p_.keys.extra_keys, p_.keys.extra_length, request) : count;
+      const int begin = max((request == part_.first_request ? part_.first_block : 0) - before, 0),
+                all = split_kv::blocks_of(keys_),
+                end = request == part_.last_request ? min(part_.end_block - before, all) : all;
+      if (begin >= end) continue;
+      const List& list = extra() ? p_.extra : p_.list;
+      const int first = begin * kKeys + row_;
+      blocks_ = end - begin;
+      keys_ -= first;
+      at_ = list.indices + request * list.of_request + RowTile(p_).position * list.of_position + first;
+      return;
+    }
   }
+
+  const Problem& p_;
+  const split_kv::Part& part_;
+  int row_, list_;
+  int blocks_ = 0;  ///< of the list, to come
+  int keys_;        ///< of the list, from the row of the next block on
+  const std::int32_t* at_;
 };
 
 /// Brings a quarter of a row of each block. The pieces of a row are asked for in two lots, each as soon as that of the
@@ -47,21 +65,15 @@ class RowStream {
  public:
   __device__ RowStream(const Problem& problem, const split_kv::Part& part)
       : p_(problem),
-        walk_(problem, part),
         row_((threadIdx.x / kWarpgroup - 2) * (kKeys / 2) + threadIdx.x % kWarpgroup / 32 * kRowsPerWarp +
-             row_of_lane(lane())) {}
+             row_of_lane(lane())),
+        walk_(problem, part, row_) {}
 
-  /// Whether there is a block more, after those whose indices were asked for.
-  __device__ bool more() const { return !walk_.done(); }
-
-  __device__ void ask_index() {
-    const RowTile tile(p_);
-    index_is_extra_ = walk_.block >= walk_.first_blocks;
-    const List& list = index_is_extra_ ? p_.extra : p_.list;
-    const int at = (walk_.block - (index_is_extra_ ? walk_.first_blocks : 0)) * kKeys + row_;
-    const std::int32_t* indices = list.indices + walk_.request * list.of_request + tile.position * list.of_position;
-    index_ = at < (index_is_extra_ ? walk_.extra_count : walk_.count) ? indices[at] : -1;
-    walk_.next();
+  /// Asks for the index in the next block, if there is one.
+  __device__ bool ask_index() {
+    const bool more = walk_.next(index_);
+    index_is_extra_ = walk_.extra();
+    return more;
   }
   /// The row whose index was asked for is the one to ask for.
   __device__ void turn() {
@@ -73,7 +85,10 @@ class RowStream {
       bytes_ = entry.data;
       load_scales<R>(next_scales_, entry.scales);
     };
-    next_is_extra_ ? turn_to.template operator()<Extra>() : turn_to.template operator()<Record>();
+    if (std::is_same_v<Record, Extra> || !next_is_extra_)
+      turn_to.template operator()<Record>();
+    else
+      turn_to.template operator()<Extra>();
   }
   template <int kWhich>
   __device__ void ask() {
@@ -107,47 +122,48 @@ class RowStream {
   __device__ static int lane() { return threadIdx.x % 32; }
 
   const Problem& p_;
-  BlockWalk walk_;
   int row_;
+  IndexWalk walk_;
   std::int32_t index_;
   bool valid_, next_valid_, is_extra_, next_is_extra_, index_is_extra_;
   const std::uint8_t* bytes_;
   uint4 lots_[2][std::max(Pieces<Record>::kLot, Pieces<Extra>::kLot)], scales_[kScales], next_scales_[kScales];
 };
 
-/// Two warpgroups bring half of each block; nothing waits at the end of a request.
+/// Two warpgroups bring half of each block; nothing waits at the end of a request. Each turn of the loop stores a
+/// block, asks for the rows of the next one and for the indices of the one after it, as far as there are any: all three
+/// stand here once, because a call begins with instructions that no cache has.
 template <class Record, class Extra, int kWidth>
 __device__ __forceinline__ void bring_keys(const Problem& p, const split_kv::Part& part, Shared<kWidth>& shared) {
   RowStream<Record, Extra> rows(p, part);
-  if (!rows.more()) return;
-  rows.ask_index();
-  rows.turn();
-  rows.template ask<0>();
-  rows.template ask<1>();
-  bool next = rows.more();
-  if (next) rows.ask_index();
-  for (Use use;; ++use.n) {
-    rows.take();
+  Use use;
+  bool stores = false, asks = false, next;
+#pragma unroll 1
+  do {
     const std::uint32_t keys = cuda::shared_address(shared.keys[use.buffer()]);
-    shared.empty[use.buffer()].wait(use.parity() ^ 1);
-    rows.store_valid(shared.valid[use.buffer()]);
-    rows.template store<0>(keys);
-    __syncwarp();
-    const bool last = !next;
-    if (!last) {
-      rows.turn();
-      rows.template ask<0>();
-      next = rows.more();
-      if (next) rows.ask_index();
+    if (stores) {
+      rows.take();
+      shared.empty[use.buffer()].wait(use.parity() ^ 1);
+      rows.store_valid(shared.valid[use.buffer()]);
+      rows.template store<0>(keys);
     }
     __syncwarp();
-    rows.template store<1>(keys);
-    cuda::fence_async_shared();
+    if (asks) {
+      rows.turn();
+      rows.template ask<0>();
+    }
+    next = rows.ask_index();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) shared.full[use.buffer()].arrive();
-    if (last) break;
-    rows.template ask<1>();
-  }
+    if (stores) {
+      rows.template store<1>(keys);
+      cuda::fence_async_shared();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared.full[use.buffer()].arrive();
+      ++use.n;
+    }
+    if (asks) rows.template ask<1>();
+    stores = asks, asks = next;
+  } while (stores || asks);
 }
 
 }  // namespace dsm::sparse_mla_sm90
