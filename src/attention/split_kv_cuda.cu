@@ -115,6 +115,7 @@ template <class T>
 struct Row {
   bool inside;
   int position, head;
+  float sink;  ///< logarithm, base 2; read before there are pieces
 
   __device__ Row(const Results<T>& to, int strip, int i) {
     const int group = static_cast<int>(to.strips.quotient(strip));
@@ -123,6 +124,7 @@ struct Row {
     inside = row < to.rows;
     position = static_cast<int>(to.h_q.quotient(group * to.rows + row));
     head = group * to.rows + row - position * static_cast<int>(to.h_q.divisor());
+    sink = to.attn_sink && inside ? to.attn_sink[head] * static_cast<float>(M_LOG2E) : -INFINITY;
   }
   __device__ T* out(const Results<T>& to, int request) const {
     return to.out + request * to.out_batch + position * to.out_position + head * to.out_head;
@@ -133,9 +135,7 @@ struct Row {
     if (writes && inside && threadIdx.x % 4 == 0)
       to.lse[(std::int64_t{request} * to.h_q.divisor() + head) * to.s_q + position] =
           keys ? (most + log2f(total)) * static_cast<float>(M_LN2) : INFINITY;
-    const float sink =
-        to.attn_sink && inside ? cuda::power_of_two(to.attn_sink[head] * static_cast<float>(M_LOG2E) - most) : 0;
-    return keys ? __fdividef(1, total + sink) : 0;
+    return keys ? __fdividef(1, total + cuda::power_of_two(sink - most)) : 0;
   }
 };
 
