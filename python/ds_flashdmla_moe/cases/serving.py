@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import mla_decode, sparse_mla_decode, sparse_mla_prefill
 from . import flash_mla_peer
 from .case import Case, Draw, Function, Sizes, Work
-from .kv_records import V4_FP8, V32_FP8, gather, store, width_of
+from .kv_records import QUANTIZED, V4_FP8, V32_FP8, gather, store, width_of
 
 D_V = 512
 DRAWN_ROWS = 1 << 14  # of a cache; the others are copies of them: no kernel is faster or slower for that
@@ -113,21 +113,23 @@ def _dense_work(sizes: Sizes, width: int) -> Work:
 
 
 # --- sparse_mla_decode: every request has its own rows; those of ragged cases list up to extra_topk of them ---
+# The size of a row counts bytes of a quantised format, or values of draw's dtype.
 
 
-def _pool(draw: Draw, sizes: Sizes, topk: int, page_size: int, row_bytes: int) -> tuple[Tensor, Tensor]:
-    """A quantised cache and the rows [batch, s_q, topk] that each query has of it.
+def _pool(draw: Draw, sizes: Sizes, topk: int, page_size: int, row_size: int) -> tuple[Tensor, Tensor]:
+    """A cache and the rows [batch, s_q, topk] that each query has of it.
 
-    Pages of DeepSeek-V4's rows lie a multiple of 576 bytes apart, as FlashMLA wants them.
+    Pages of DeepSeek-V4's quantised rows lie a multiple of 576 bytes apart, as FlashMLA wants them.
     """
     batch, s_q = sizes["batch"], sizes["s_q"]
     table = _shuffled_pages(draw, batch, -(-sizes["s_kv"] // page_size))
     filled = min(table.numel(), -(-DRAWN_ROWS // page_size))
-    page_bytes = page_size * row_bytes
-    stride = -(-page_bytes // 576) * 576 if row_bytes == V4_FP8 else page_bytes
-    memory = torch.zeros(table.numel(), stride, dtype=torch.uint8, device=draw.device)
-    cache = memory[:, :page_bytes].view(-1, page_size, 1, row_bytes)
-    drawn = draw(filled * page_size, width_of(row_bytes), dtype=torch.float32)
+    elements = page_size * row_size
+    stride = -(-elements // 576) * 576 if row_size == V4_FP8 else elements
+    dtype = torch.uint8 if row_size in QUANTIZED else draw.dtype
+    memory = torch.zeros(table.numel(), stride, dtype=dtype, device=draw.device)
+    cache = memory[:, :elements].view(-1, page_size, 1, row_size)
+    drawn = draw(filled * page_size, width_of(row_size), dtype=torch.float32)
     store(cache[:filled], drawn, torch.arange(len(drawn), device=draw.device))
     _repeat(memory, filled)
     chosen = _distinct(draw, batch * s_q, sizes["s_kv"], topk).view(batch, -1).long()
@@ -140,29 +142,36 @@ def _lengths(sizes: Sizes) -> list[int]:
     return [7919 * request % sizes["extra_topk"] + 1 for request in range(sizes["batch"])]
 
 
-def _v32_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
-    cache, indices = _pool(draw, sizes, sizes["topk"], sizes["page_size"], V32_FP8)
-    q = draw(sizes["batch"], sizes["s_q"], sizes["h_q"], 576)
-    return {"q": q, "k_cache": cache, "indices": indices}
+def _one_cache(row_size: int) -> Function:
+    def inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+        cache, indices = _pool(draw, sizes, sizes["topk"], sizes["page_size"], row_size)
+        q = draw(sizes["batch"], sizes["s_q"], sizes["h_q"], width_of(row_size))
+        return {"q": q, "k_cache": cache, "indices": indices}
+
+    return inputs
 
 
-def _v4_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+def _two_caches(row_size: int) -> Function:
     """The window and the compressed entries, with a sink."""
-    cache, indices = _pool(draw, sizes, sizes["topk"], sizes["page_size"], V4_FP8)
-    extra_cache, extra_indices = _pool(draw, sizes, sizes["extra_topk"], sizes["extra_page_size"], V4_FP8)
-    return {
-        "q": draw(sizes["batch"], sizes["s_q"], sizes["h_q"], 512),
-        "k_cache": cache,
-        "indices": indices,
-        "attn_sink": draw(sizes["h_q"], dtype=draw.wide),
-        "extra_k_cache": extra_cache,
-        "extra_indices": extra_indices,
-    }
+
+    def inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
+        cache, indices = _pool(draw, sizes, sizes["topk"], sizes["page_size"], row_size)
+        extra_cache, extra_indices = _pool(draw, sizes, sizes["extra_topk"], sizes["extra_page_size"], row_size)
+        return {
+            "q": draw(sizes["batch"], sizes["s_q"], sizes["h_q"], width_of(row_size)),
+            "k_cache": cache,
+            "indices": indices,
+            "attn_sink": draw(sizes["h_q"], dtype=draw.wide),
+            "extra_k_cache": extra_cache,
+            "extra_indices": extra_indices,
+        }
+
+    return inputs
 
 
 def _ragged_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
     lengths = torch.tensor(_lengths(sizes), dtype=torch.int32, device=draw.device)
-    return {**_v4_inputs(sizes, draw), "extra_topk_length": lengths}
+    return {**_two_caches(V4_FP8)(sizes, draw), "extra_topk_length": lengths}
 
 
 def _sparse_sample(inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -197,11 +206,23 @@ def _sparse(
     return out, lse.transpose(1, 2)
 
 
-def _sparse_work(row_bytes: int, ragged: bool = False) -> Function:
+def _prefill_from_cache(prefill: Function) -> Function:
+    """Decoding by a kernel for prompts, which reads plain rows, too: every query is a token of one."""
+
+    def call(q: Tensor, k_cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        out, _, lse = prefill(q.flatten(0, 1), k_cache.flatten(0, 1), indices.flatten(0, 1)[:, None], D_V)
+        batch_and_s_q = q.shape[:2]
+        return out.unflatten(0, batch_and_s_q), lse.unflatten(0, batch_and_s_q).transpose(1, 2)
+
+    return call
+
+
+def _sparse_work(row_size: int, ragged: bool = False) -> Function:
     """Listed rows, each once, and q read, out written; scores and output."""
 
     def work(sizes: Sizes, width: int) -> Work:
-        batch, s_q, widths = sizes["batch"], sizes["s_q"], width_of(row_bytes) + D_V
+        batch, s_q, widths = sizes["batch"], sizes["s_q"], width_of(row_size) + D_V
+        row_bytes = row_size if row_size in QUANTIZED else row_size * width
         extra = _lengths(sizes) if ragged else [sizes.get("extra_topk", 0)] * batch
         counts = [count for more in extra for count in (sizes["topk"], more)]
         rows = sum(min(s_q * count, sizes["s_kv"]) for count in counts)
@@ -308,7 +329,7 @@ _V32 = Case(
     operator="sparse_mla_decode",
     label="DeepSeek-V3.2 FP8 cache (FlashMLA padded to 64 heads)",
     sizes={"batch": 2, "h_q": 3, "s_q": 2, "s_kv": 13, "topk": 9, "page_size": 4},
-    inputs=_v32_inputs,
+    inputs=_one_cache(V32_FP8),
     sample=_sparse_sample,
     run=sparse_mla_decode,
     formula=_sparse,
@@ -324,7 +345,7 @@ _V4 = replace(
     _V32,
     label="DeepSeek-V4 FP8 caches (FlashMLA padded to 64 heads)",
     sizes={**_V32.sizes, "extra_topk": 12, "extra_page_size": 2},
-    inputs=_v4_inputs,
+    inputs=_two_caches(V4_FP8),
     benchmark={
         "cuda": (
             *(_v4_row(batch, 64, 512) for batch in (2, 16, 64, 128, 148)),
@@ -333,6 +354,24 @@ _V4 = replace(
         )
     },
     work=_sparse_work(V4_FP8),
+)
+
+_PLAIN = replace(
+    _V32,
+    label="plain bfloat16 cache (FlashMLA's prefill, padded to 64 heads)",
+    inputs=_one_cache(576),
+    benchmark={"cuda": tuple(_v32_row(batch, h_q) for batch in (2, 64, 128) for h_q in (16, 64, 128))},
+    work=_sparse_work(576),
+    peers=_peers(lambda module: _prefill_from_cache(flash_mla_peer.sparse_prefill(module)), _sparse),
+)
+
+_TWO_PLAIN = replace(
+    _V4,
+    label="plain bfloat16 caches",
+    inputs=_two_caches(512),
+    benchmark={"cuda": tuple(_v4_row(batch, h_q, 512) for batch in (2, 64, 128) for h_q in (16, 64, 128))},
+    work=_sparse_work(512),
+    peers=lambda device: {"torch": _sparse} if device == "cpu" else {},
 )
 
 _V32_PROMPT = replace(
@@ -388,6 +427,8 @@ CASES = (
         work=_sparse_work(V4_FP8, ragged=True),
     ),
     _V32,
+    _PLAIN,
+    _TWO_PLAIN,
     _V32_PROMPT,
     replace(
         _V32_PROMPT,

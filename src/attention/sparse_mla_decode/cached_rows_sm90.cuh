@@ -27,7 +27,7 @@ inline constexpr std::uint32_t kTileBytes = 64 * 128;  // 64 rows of 64 columns
 inline constexpr int kMostRowBytes = 656;
 __device__ const uint4 zero_row[kMostRowBytes / 16] = {};
 
-/// A quantised cache, whose pages begin at multiples of 16 bytes.
+/// A cache, whose pages begin at multiples of 16 bytes.
 struct Cache {
   const std::uint8_t* pages;
   std::int64_t page_bytes, page_size;
@@ -36,7 +36,7 @@ struct Cache {
 
   explicit Cache(const TensorView& cache)
       : pages(cache.as<const std::uint8_t>()),
-        page_bytes(cache.stride[0]),
+        page_bytes(cache.stride[0] * element_size(cache.dtype)),
         page_size(cache.size(1)),
         rows(static_cast<std::uint32_t>(std::min(cache.size(0) * cache.size(1), kMostRows))),
         page_of(static_cast<std::uint32_t>(std::clamp<std::int64_t>(cache.size(1), 1, kMostRows))) {}

@@ -16,6 +16,7 @@
 // V3.2, 2048: 128 heads batch 64 105 (49), 128 216 (99); batch 128: 64 heads 110 (49), 16 heads 107 (45).
 #include <algorithm>
 
+#include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_consumer.cuh"
@@ -31,6 +32,7 @@ using namespace sparse_mla_sm90;
 
 constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kOverheadBlocks = 1;  // what beginning a request costs
+constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast on plain rows, or faster
 
 template <class Record, class Extra>
 __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(const __grid_constant__ Problem p) {
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
   auto& shared = *reinterpret_cast<Shared<Record::kWidth>*>(memory + (-cuda::shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
     for (int i = 0; i < kKeyBuffers; ++i) {
-      shared.full[i].init(2 * kWarpgroup / 32);
+      shared.full[i].init(kBringingWarps<Record>);
       shared.empty[i].init(2 * kWarpgroup / 32);
     }
     cuda::fence_barrier_init();
@@ -126,7 +128,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
 
 bool aligned(const TensorView& cache) {
   return reinterpret_cast<std::uintptr_t>(cache.data) % cuda::kPackBytes == 0 &&
-         (cache.size(0) <= 1 || cache.stride[0] % cuda::kPackBytes == 0);
+         (cache.size(0) <= 1 || cache.stride[0] * element_size(cache.dtype) % cuda::kPackBytes == 0);
 }
 
 }  // namespace
@@ -136,9 +138,13 @@ Reason sparse_mla_decode_sm90_refusal(const SparseMlaDecodeArgs& a) {
     return "takes GPUs of compute capability 9.0, in a library built for sm_90a";
   const auto format = kv_format(a.k_cache), extra = kv_format(a.extra_k_cache ? a.extra_k_cache : a.k_cache);
   if (a.q.dtype != DType::bfloat16) return "takes bfloat16 queries";
-  if (!format || !extra) return "takes quantised caches";
+  if ((!format && a.k_cache.dtype != DType::bfloat16) ||
+      (!extra && a.extra_k_cache && a.extra_k_cache.dtype != DType::bfloat16))
+    return "takes quantised and bfloat16 caches";
   if (format != extra && !(format == KvFormat::v41_fp8 && extra == KvFormat::v41_fp4))
     return "takes two caches of one format, or v41_fp8 and v41_fp4";
+  if (!format && a.q.size(2) < kPlainHeads) return "takes bfloat16 caches for 16 heads or more";
+  if (a.q.size(3) != 576 && a.q.size(3) != 512) return "takes d_qk = 576 and 512";
   if (!(static_cast<float>(a.softmax_scale) > 1e-30f)) return "takes softmax_scale > 1e-30";
   if (a.out.size(3) != kValues) return "takes d_v = 512";
   if (!cuda::packable({a.q, a.out})) return "takes queries and results in rows aligned to 16 bytes";
@@ -159,7 +165,11 @@ std::size_t sparse_mla_decode_sm90_workspace(const SparseMlaDecodeArgs& a) {
 }
 
 void sparse_mla_decode_sm90(const SparseMlaDecodeArgs& a, const Launch& launch) {
-  switch (*kv_format(a.k_cache)) {
+  const auto format = kv_format(a.k_cache);
+  if (!format)
+    return a.q.size(3) == 576 ? launch_decode<PlainRow<576>, PlainRow<576>>(a, launch)
+                              : launch_decode<PlainRow<512>, PlainRow<512>>(a, launch);
+  switch (*format) {
     case KvFormat::v32_fp8:
       return launch_decode<KvV32Fp8, KvV32Fp8>(a, launch);
     case KvFormat::v32_nvfp4:

@@ -11,6 +11,10 @@
 
 namespace dsm::sparse_mla_sm90 {
 
+/// Warps that bring rows of a block.
+template <class Record>
+inline constexpr int kBringingWarps = 2 * kWarpgroup / 32;
+
 /// The indices of a part's blocks in their order, of one row of each block.
 class IndexWalk {
  public:

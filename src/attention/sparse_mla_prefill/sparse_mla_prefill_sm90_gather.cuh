@@ -4,33 +4,12 @@
 #include <cstdint>
 
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90_memory.cuh"
-#include "src/cuda/copy/async.cuh"
-#include "src/cuda/ptx/wgmma.cuh"
+#include "src/cuda/copy/swizzled_rows.cuh"
 #include "src/cuda/reduce/warp.cuh"
 
 namespace dsm::sparse_prefill_sm90 {
 
 using namespace cuda;
-
-/// The rows of which this thread copies 16 bytes of every tile: 16 warp + 4 i + lane / 8, i < 4; null: zeros.
-template <class T>
-struct SourceRows {
-  const T* at[4];
-};
-
-/// Begins to copy tiles [kBegin, kEnd) of 64 rows; `readable` is any row.
-template <int kBegin, int kEnd, class T>
-__device__ __forceinline__ void copy_tiles(Tile* tiles, const SourceRows<T>& rows, const T* readable) {
-  const int warp = threadIdx.x % 128 / kWarpSize, lane = threadIdx.x % kWarpSize, chunk = lane % 8;
-#pragma unroll
-  for (int tile = kBegin; tile < kEnd; ++tile)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const T* const row = rows.at[i] ? rows.at[i] : readable;
-      copy_async<16>(shared_address(tiles + tile) + swizzled(16 * warp + 4 * i + lane / 8, chunk),
-                     row + tile * 64 + chunk * 8, rows.at[i] ? 16 : 0);
-    }
-}
 
 template <class T, int kTiles>
 __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
@@ -53,10 +32,10 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
     const std::int32_t* const list = problem.indices + query * problem.indices_token;
     const T* const heads = q + query * problem.q_token + first_head * problem.q_head;
     const auto query_rows = [&] {
-      SourceRows<T> rows;
+      SourceRows rows;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int head = 16 * warp + 4 * i + lane / 8;
+      for (int i = 0; i < SourceRows::kCount; ++i) {
+        const int head = SourceRows::row(i);
         rows.at[i] = first_head + head < problem.h_q ? heads + head * problem.q_head : nullptr;
       }
       return rows;
@@ -73,10 +52,10 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
       const bool key = 0 <= index && index < problem.s_kv;
       const std::uint32_t valid = __ballot_sync(kAllLanes, key);
       const auto key_rows = [&](int block) {
-        SourceRows<T> rows;
+        SourceRows rows;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int source = 16 * block + 4 * i + lane / 8;
+        for (int i = 0; i < SourceRows::kCount; ++i) {
+          const int source = SourceRows::kOfWarp * block + SourceRows::row_of_warp(i);
           const std::int32_t row = __shfl_sync(kAllLanes, index, source);
           rows.at[i] = valid >> source & 1 ? kv + row * problem.kv_row : nullptr;
         }
@@ -92,38 +71,38 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
       if (pair + 1 == pairs && first) taken = gridDim.x + atomicAdd(problem.taken, 1);
       if (pair == 0) {
         shared.q_free.wait(q_parity);
-        copy_tiles<0, 4>(shared.q, query_rows(), q);
+        copy_rows<0, 4>(shared.q, query_rows(), q);
         shared.q_ready[kLeft].arrive_after_copies();
       }
-      const SourceRows<T> rows0 = key_rows(0);
+      const SourceRows rows0 = key_rows(0);
       shared.k_free[0][kLeft].wait(parity);
       tell_valid(0);
-      copy_tiles<0, 2>(shared.k[0], rows0, q);
+      copy_rows<0, 2>(shared.k[0], rows0, q);
       shared.k_ready[0][0].arrive_after_copies();
-      copy_tiles<2, 4>(shared.k[0], rows0, q);
+      copy_rows<2, 4>(shared.k[0], rows0, q);
       shared.k_ready[0][1].arrive_after_copies();
       if (pair == 0) {
-        copy_tiles<4, kTiles>(shared.q, query_rows(), q);
+        copy_rows<4, kTiles>(shared.q, query_rows(), q);
         shared.q_ready[kRight].arrive_after_copies();
       }
       shared.k_free[0][kRight].wait(parity);
-      copy_tiles<4, 6>(shared.k[0], rows0, q);
+      copy_rows<4, 6>(shared.k[0], rows0, q);
       shared.k_ready[0][2].arrive_after_copies();
-      copy_tiles<6, kTiles>(shared.k[0], rows0, q);
+      copy_rows<6, kTiles>(shared.k[0], rows0, q);
       shared.k_ready[0][3].arrive_after_copies();
 
-      const SourceRows<T> rows1 = key_rows(1);
+      const SourceRows rows1 = key_rows(1);
       shared.k_free[1][kRight].wait(parity);
       tell_valid(1);
-      copy_tiles<4, 6>(shared.k[1], rows1, q);
+      copy_rows<4, 6>(shared.k[1], rows1, q);
       shared.k_ready[1][2].arrive_after_copies();
-      copy_tiles<6, 8>(shared.k[1], rows1, q);
+      copy_rows<6, 8>(shared.k[1], rows1, q);
       shared.k_ready[1][3].arrive_after_copies();
       shared.k_free[1][kLeft].wait(parity);
-      copy_tiles<0, 2>(shared.k[1], rows1, q);
+      copy_rows<0, 2>(shared.k[1], rows1, q);
       shared.k_ready[1][0].arrive_after_copies();
-      copy_tiles<2, 4>(shared.k[1], rows1, q);
-      copy_tiles<8, kTiles>(shared.k[1], rows1, q);
+      copy_rows<2, 4>(shared.k[1], rows1, q);
+      copy_rows<8, kTiles>(shared.k[1], rows1, q);
       shared.k_ready[1][1].arrive_after_copies();
     }
   }

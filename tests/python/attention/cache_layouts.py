@@ -108,6 +108,13 @@ def plain(width: int, page_count: int, page_size: int, dtype: torch.dtype, pad: 
     return Pool(cache, cache.reshape(-1, width).double())
 
 
+def of_rows(row_bytes: int, page_count: int, page_size: int, pad: int = 0) -> Pool:
+    """Of the format that has rows of so many bytes, bfloat16 if none has; pages are ``pad`` bytes apart."""
+    if row_bytes in FORMATS:
+        return quantised(row_bytes, page_count, page_size, pad=pad)
+    return plain(row_bytes // 2, page_count, page_size, torch.bfloat16, pad // 2)
+
+
 def poison(pool: Pool, row: int) -> None:
     """Makes a row NaN, in all its bytes."""
     page_count, page_size, _, row_bytes = pool.cache.shape

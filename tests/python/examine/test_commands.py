@@ -114,7 +114,8 @@ def test_bench_beside_flash_mla(
     assert all(case.label.split()[0] in out for case in serving)
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert len(rows) == len(serving)
-    for row in rows:
+    beside = [row for row in rows if row["label"] != "plain bfloat16 caches"]  # FlashMLA takes one of them
+    for row in beside:
         assert row["peers"].keys() - {"sparse_mla_prefill"} == {"FlashMLA"}
         assert row["worst_errors"]["dsm"] == row["worst_errors"]["FlashMLA"] > row["rms_errors"]["dsm"] > 0
     assert (tmp_path / "b.png").stat().st_size > 1000

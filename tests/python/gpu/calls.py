@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from cache_layouts import e4m3, plain, quantised
+from cache_layouts import e4m3, of_rows, plain, quantised
 from hostile import INT_MAX, hide_unused, int32, lists, moved, pages_of, poisoned, widened
 from torch import Tensor
 
@@ -121,10 +121,8 @@ def _sinks(heads: int) -> Tensor:
 def _sparse(
     row_bytes: int, h_q: int, topk: int, extra_bytes: int | None = None, *, batch: int = 4, s_q: int = 2
 ) -> Callable[[], Arguments]:
-    """Of quantised caches; 0 bytes: of a bfloat16 one."""
-
     def drawn() -> Arguments:
-        pool = quantised(row_bytes, 9, 32, pad=64) if row_bytes else plain(576, 9, 32, BF16)
+        pool = of_rows(row_bytes, 9, 32, 64)
         width = pool.values.shape[1]
         arguments = {
             "q": torch.randn(batch, s_q, h_q, width).to(BF16),
@@ -137,7 +135,7 @@ def _sparse(
         if extra_bytes is None:
             return arguments
         return arguments | {
-            "extra_k_cache": poisoned(quantised(extra_bytes, 80, 2, pad=-2 * extra_bytes % 16)),
+            "extra_k_cache": poisoned(of_rows(extra_bytes, 80, 2, -2 * extra_bytes % 16)),
             "extra_indices": lists(batch, s_q, 130, 160),
             "extra_topk_length": torch.randint(-1, 132, (batch,)).int(),
         }
@@ -247,7 +245,10 @@ CALLS = (
     Call("sparse_mla_decode", "V4.1", HOPPERS, _sparse(528, 40, 65, 528), dsm.ops.sparse_mla_decode),
     Call("sparse_mla_decode", "V4.1, FP4", HOPPERS, _sparse(528, 128, 64, 288), dsm.ops.sparse_mla_decode),
     Call("sparse_mla_decode", "two formats", PORTABLE, _sparse(656, 16, 70, 352), dsm.ops.sparse_mla_decode),
-    Call("sparse_mla_decode", "bfloat16", PORTABLE, _sparse(0, 16, 200), dsm.ops.sparse_mla_decode),
+    Call("sparse_mla_decode", "bfloat16", HOPPERS, _sparse(1152, 16, 200), dsm.ops.sparse_mla_decode),
+    Call("sparse_mla_decode", "bfloat16, 512 columns", HOPPERS, _sparse(1024, 128, 64, 1024),
+         dsm.ops.sparse_mla_decode),
+    Call("sparse_mla_decode", "bfloat16, 544 columns", PORTABLE, _sparse(1088, 16, 70), dsm.ops.sparse_mla_decode),
     Call("sparse_mla_prefill", "V3.2", HOPPERS, _prefill(9, 128, 576, 200), dsm.ops.sparse_mla_prefill),
     Call("sparse_mla_prefill", "V4", HOPPERS, _prefill(150, 64, 512, 129), dsm.ops.sparse_mla_prefill),
     Call("sparse_mla_prefill", "float16", HOPPERS, _prefill(5, 20, 576, 65, dtype=torch.float16),

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from cache_layouts import quantised
+from cache_layouts import of_rows
 from hostile import CUDA, moved
 from torch import Tensor
 
@@ -44,11 +44,11 @@ def dense(dtype: torch.dtype, s_q: int, h_q: int, through_flash_mla: bool = Fals
     return call
 
 
-def sparse(cache_bytes: int | None, h_q: int, topk: int) -> Call:
+def sparse(row_bytes: int, h_q: int, topk: int) -> Call:
     """Of the chosen requests, of whose lists as much counts as of the longest one's."""
     rows = 4096
-    pool = quantised(cache_bytes or 584, 64, 64)
-    cache = moved(pool.values.view(64, 64, 1, -1).bfloat16() if cache_bytes is None else pool.cache)
+    pool = of_rows(row_bytes, 64, 64)
+    cache = moved(pool.cache)
     counts = [min(length, topk) for length in LENGTHS]
     indices = torch.randint(0, rows, (len(LENGTHS), 2, topk), dtype=torch.int32, device=CUDA)
     q = torch.randn(len(LENGTHS), 2, h_q, pool.values.shape[1], dtype=torch.bfloat16, device=CUDA)
@@ -79,7 +79,8 @@ CALLS = {
     "flash_mla": lambda: dense(torch.bfloat16, 2, 64, through_flash_mla=True),
     "sparse V4": lambda: sparse(584, 64, 5000),
     "sparse V3.2": lambda: sparse(656, 128, 2048),
-    "sparse plain": lambda: sparse(None, 16, 3000),
+    "sparse bfloat16": lambda: sparse(1024, 64, 3000),
+    "sparse, 544 columns": lambda: sparse(1088, 16, 3000),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_layouts import quantised
+from cache_layouts import of_rows
 from calls import forced
 from hostile import CUDA, HOPPER, INT_MAX, int32
 from torch import Tensor
@@ -89,19 +89,21 @@ def test_dense_pages_far_away(h_q: int, row: str) -> None:
 
 
 @ROWS
-@pytest.mark.parametrize(("row_bytes", "extra_bytes"), [(656, None), (352, None), (584, 584), (528, 288)])
+@pytest.mark.parametrize(
+    ("row_bytes", "extra_bytes"), [(656, None), (352, None), (584, 584), (528, 288), (1152, None), (1024, 1024)]
+)
 def test_sparse_records_far_away(row_bytes: int, extra_bytes: int | None, row: str) -> None:
     few, page_size = 6, 64
 
     def pools(size: int) -> tuple[Tensor, Tensor]:
         """A cache of more than 2^32 bytes whose last pages are those of the other."""
-        near = quantised(size, few, page_size).cache.to(CUDA)
-        cache = nan(2**32 // (page_size * size) + few, page_size, 1, size, dtype=torch.uint8)
+        near = of_rows(size, few, page_size).cache.to(CUDA)
+        cache = nan(2**32 // (page_size * size) + few, *near.shape[1:], dtype=near.dtype)
         cache[-few:] = near
         return near, cache
 
     near, far = pools(row_bytes)
-    q = normal(2, 1, 64, 576 if row_bytes in (656, 352) else 512)
+    q = normal(2, 1, 64, 512 if row_bytes in (584, 528, 1024) else 576)
     indices = torch.randint(few * page_size, (2, 1, 200), device=CUDA).int()
     options: list[dict[str, Any]] = [{}, {}]
     if extra_bytes:

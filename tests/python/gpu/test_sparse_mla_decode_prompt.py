@@ -1,11 +1,11 @@
 # Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-"""Prefill straight from a quantised cache: sparse_mla_decode of one request with thousands of positions."""
+"""Prefill straight from a cache: sparse_mla_decode of one request with thousands of positions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cache_layouts import Pool, quantised
+from cache_layouts import Pool, of_rows
 from hostile import CUDA, HOPPER
 
 import ds_flashdmla_moe as dsm
@@ -25,10 +25,10 @@ def truth(q: torch.Tensor, pool: Pool, rows: torch.Tensor, scale: float) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "h_q", "topk"), [(656, 128, 2048), (656, 16, 2048), (584, 64, 512), (584, 128, 512)]
+    ("row_bytes", "h_q", "topk"), [(656, 128, 2048), (656, 16, 2048), (584, 64, 512), (584, 128, 512), (1152, 64, 2048)]
 )
 def test_thousands_of_positions(row_bytes: int, h_q: int, topk: int) -> None:
-    pool = quantised(row_bytes, 64, 64)
+    pool = of_rows(row_bytes, 64, 64)
     width, rows = pool.values.shape[1], len(pool.values)
     q = torch.randn(1, 4096, h_q, width, device=CUDA).bfloat16()
     indices = torch.randint(rows, (1, 4096, topk), device=CUDA, dtype=torch.int32)

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from cache_layouts import FORMATS, Pool, poison, quantised
+from cache_layouts import FORMATS, Pool, of_rows, poison, quantised
+from calls import forced
 from hostile import HOPPER, INT_MAX, INT_MIN
 from mla_truth import attend_all
 from torch import Tensor
@@ -16,6 +17,8 @@ import ds_flashdmla_moe as dsm
 from tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+
+BFLOAT16 = (1152, 1024)  # bytes of plain rows, which it takes for 16 heads or more
 
 
 def lists(batch: int, s_q: int, topk: int, rows: int, hostile: float = 0.0) -> Tensor:
@@ -45,21 +48,22 @@ def check(
 
     def on_device(cache: Tensor) -> Tensor:
         """With the same strides, and the same bytes between the pages."""
-        memory = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())  # type: ignore[call-overload]
+        memory = torch.empty(0, dtype=cache.dtype).set_(cache.untyped_storage())  # type: ignore[call-overload]
         return memory.cuda().as_strided(cache.shape, cache.stride(), cache.storage_offset())
 
     def call() -> tuple[Tensor, Tensor]:
-        return dsm.ops.sparse_mla_decode(
-            q.cuda(),
-            on_device(pool.cache),
-            indices.cuda(),
-            softmax_scale=scale,
-            attn_sink=None if attn_sink is None else attn_sink.cuda(),
-            topk_length=cuda(lengths),
-            extra_k_cache=None if extra is None else on_device(extra.cache),
-            extra_indices=None if extra_indices is None else extra_indices.cuda(),
-            extra_topk_length=cuda(extra_lengths),
-        )
+        with forced("sparse_mla_decode", "sm90"):
+            return dsm.ops.sparse_mla_decode(
+                q.cuda(),
+                on_device(pool.cache),
+                indices.cuda(),
+                softmax_scale=scale,
+                attn_sink=None if attn_sink is None else attn_sink.cuda(),
+                topk_length=cuda(lengths),
+                extra_k_cache=None if extra is None else on_device(extra.cache),
+                extra_indices=None if extra_indices is None else extra_indices.cuda(),
+                extra_topk_length=cuda(extra_lengths),
+            )
 
     def keys_of(b: int, i: int, h: int) -> Tensor:
         keys = []
@@ -82,34 +86,53 @@ def check(
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 64])
-@pytest.mark.parametrize("row_bytes", [656, 352, 584, 528])
+@pytest.mark.parametrize("row_bytes", [656, 352, 584, 528, *BFLOAT16])
 def test_formats(row_bytes: int, page_size: int) -> None:
     """A cache alone, and with a second one, padded pages and indices that are no rows."""
-    pool = quantised(row_bytes, 320 // page_size, page_size, pad=-page_size * row_bytes % 16 + 16)
+    pool = of_rows(row_bytes, 320 // page_size, page_size, -page_size * row_bytes % 16 + 16)
     check(64, pool, lists(3, 1, 150, 320))
     for extra_bytes in (row_bytes, 288) if row_bytes == 528 else (row_bytes,):
-        extra = quantised(extra_bytes, 100, 2, pad=-2 * extra_bytes % 16)
-        check(5, pool, lists(2, 2, 65, 320, 0.3), [64, 1], extra, lists(2, 2, 70, 200, 0.3), [70, 66], sink=0.5)
+        extra = of_rows(extra_bytes, 100, 2, -2 * extra_bytes % 16)
+        check(
+            17 if row_bytes in BFLOAT16 else 5,
+            pool,
+            lists(2, 2, 65, 320, 0.3),
+            [64, 1],
+            extra,
+            lists(2, 2, 70, 200, 0.3),
+            [70, 66],
+            sink=0.5,
+        )
 
 
-@pytest.mark.parametrize("h_q", [1, 8, 16, 17, 63, 64, 65, 128])
-def test_heads(h_q: int) -> None:
-    pool = quantised(584, 4, 64)
+@pytest.mark.parametrize(
+    ("row_bytes", "h_q"),
+    [
+        (row_bytes, h_q)
+        for row_bytes in (584, 1152)
+        for h_q in (1, 8, 16, 17, 63, 64, 65, 128)
+        if row_bytes < 1024 or h_q > 8
+    ],
+)
+def test_heads(row_bytes: int, h_q: int) -> None:
+    pool = of_rows(row_bytes, 4, 64)
     check(h_q, pool, lists(2, 3, 129, 256), sink=-1.0)
 
 
+@pytest.mark.parametrize("row_bytes", [584, 1024])
 @pytest.mark.parametrize("batch", [1, 7, 132, 150, 300])
-def test_requests_of_all_lengths(batch: int) -> None:
+def test_requests_of_all_lengths(batch: int, row_bytes: int) -> None:
     """Requests split between thread blocks and several in one of them; among them some without a key."""
-    pool, extra = quantised(584, 4, 64), quantised(584, 80, 2)
+    pool, extra = of_rows(row_bytes, 4, 64), of_rows(row_bytes, 80, 2)
     lengths = torch.randint(-2, 140, (batch,)).tolist()
     extra_lengths = [0 if length < 1 else int(torch.randint(0, 300, ())) for length in lengths]
-    check(8, pool, lists(batch, 1, 128, 256), lengths, extra, lists(batch, 1, 256, 160), extra_lengths, sink=0.1)
+    check(16, pool, lists(batch, 1, 128, 256), lengths, extra, lists(batch, 1, 256, 160), extra_lengths, sink=0.1)
 
 
+@pytest.mark.parametrize("row_bytes", [656, 1152])
 @pytest.mark.parametrize("sink", [math.inf, -math.inf])
-def test_nothing_reads_what_no_list_names(sink: float) -> None:
-    pool = quantised(656, 8, 16)
+def test_nothing_reads_what_no_list_names(sink: float, row_bytes: int) -> None:
+    pool = of_rows(row_bytes, 8, 16)
     indices = lists(4, 1, 90, 128)
     indices[indices == 17] = 18
     indices[1:3, :, 40:] = 17
@@ -136,8 +159,9 @@ def test_e8m0_nan_scale(row_bytes: int) -> None:
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 1), (63, 64), (64, 65), (65, 63), (128, 129)])
 def test_lengths_around_blocks(counts: tuple[int, int]) -> None:
     first, second = counts
-    pool, extra = quantised(528, 4, 64), quantised(288, 4, 64)
-    check(33, pool, lists(3, 1, 130, 256), [first] * 3, extra, lists(3, 1, 130, 256), [second, 0, second], sink=0.3)
+    for row_bytes, extra_bytes in ((528, 288), (1024, 1024)):
+        pool, extra = of_rows(row_bytes, 4, 64), of_rows(extra_bytes, 4, 64)
+        check(33, pool, lists(3, 1, 130, 256), [first] * 3, extra, lists(3, 1, 130, 256), [second, 0, second], sink=0.3)
 
 
 def test_replays_with_other_lengths() -> None:
@@ -161,6 +185,33 @@ def test_replays_with_other_lengths() -> None:
             graph.replay()
             assert torch.equal(replayed[0], expected[0])
             assert torch.equal(replayed[1], expected[1])
+
+
+def test_what_it_leaves_to_others() -> None:
+    """Caches of another dtype than the queries, of other widths, of two formats, few heads, pages off 16 bytes."""
+
+    def refused(cache: Tensor, extra: Tensor | None = None, heads: int = 16) -> bool:
+        q = torch.zeros(1, 1, heads, 576 if cache.shape[-1] in (576, 656) else cache.shape[-1], dtype=torch.bfloat16)
+        indices = torch.zeros(1, 1, 5, dtype=torch.int32).cuda()
+        second = {} if extra is None else {"extra_k_cache": extra.cuda(), "extra_indices": indices}
+        with forced("sparse_mla_decode", "sm90"):
+            try:
+                dsm.ops.sparse_mla_decode(q.cuda(), cache, indices, **second)
+            except ValueError as error:
+                return "sm90: takes" in str(error)
+        return False
+
+    cache = torch.zeros(2, 2, 1, 576, dtype=torch.bfloat16).cuda()
+    assert not refused(cache, cache)
+    assert refused(cache, heads=15)
+    assert refused(cache.float())
+    assert refused(cache.half())
+    assert refused(cache, cache.float())
+    assert refused(cache, torch.zeros(2, 16, 1, 656, dtype=torch.uint8))
+    assert refused(torch.zeros(2, 16, 1, 656, dtype=torch.uint8).cuda(), cache)
+    assert refused(cache[..., :544].contiguous())
+    odd = torch.zeros(2, 2 * 576 + 4, dtype=torch.bfloat16).cuda()[:, : 2 * 576].unflatten(1, (2, 1, 576))
+    assert refused(odd)
 
 
 def test_every_format_has_a_test() -> None:
