@@ -39,7 +39,7 @@ struct MlaDecodeArgs {
   /// [pages, page_size, h_kv, d_qk] float32|float16|bfloat16; beside a float64 q float64, too; beside any other FP8,
   /// too: float8_e4m3fn|uint8|int8. Pages, rows and heads any distance apart, elements adjacent.
   TensorView k_cache;
-  TensorView block_table;    ///< [batch, max_pages] int32, requests any distance apart
+  TensorView block_table;    ///< [batch, max_pages] int32 of up to 2^30 keys, requests any distance apart
   TensorView cache_seqlens;  ///< [batch] int32, keys of each request, 0 to max_pages · page_size
   TensorView k_scale;        ///< [] or [1] float32; absent: 1. FP8 caches only
   double softmax_scale = 1;
@@ -67,10 +67,10 @@ struct SparseMlaDecodeArgs {
   /// bytes] uint8|int8|float8_e4m3fn of a format with d_qk values in 656, 352, 584 or 528 bytes. Pages any distance
   /// apart.
   TensorView k_cache;
-  TensorView indices;            ///< [batch, s_q, topk] int32, rows of k_cache in any order, elements adjacent
+  TensorView indices;            ///< [batch, s_q, topk <= 2^30] int32, rows of k_cache in any order, elements adjacent
   TensorView topk_length;        ///< [batch] int32: only so many indices of each query count; absent: all
   TensorView extra_k_cache;      ///< the second cache, as k_cache, or with 288 bytes; absent: none
-  TensorView extra_indices;      ///< [batch, s_q, extra_topk] int32, given exactly when extra_k_cache is
+  TensorView extra_indices;      ///< [batch, s_q, extra_topk] likewise, given exactly when extra_k_cache is
   TensorView extra_topk_length;  ///< as topk_length, for extra_indices
   TensorView attn_sink;          ///< [h_q] lse's dtype, ±inf allowed; absent: −inf
   double softmax_scale = 1;

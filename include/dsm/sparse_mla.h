@@ -31,7 +31,7 @@ namespace dsm {
 struct SparseMlaPrefillArgs {
   TensorView q;            ///< [s_q, h_q, d_qk], h_q a multiple of h_kv
   TensorView kv;           ///< [s_kv, h_kv, d_qk]
-  TensorView indices;      ///< [s_q, h_kv, topk] int32, rows of kv, in any order
+  TensorView indices;      ///< [s_q, h_kv, topk <= 2^30] int32, rows of kv, in any order
   TensorView attn_sink;    ///< [h_q] contiguous; absent: −inf
   TensorView topk_length;  ///< [s_q] int32, contiguous: only so many indices of the query count; absent: all
   double softmax_scale = 1;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "src/attention/key_count.h"
 #include "src/core/checks.h"
 
 namespace dsm::attention {
@@ -23,6 +24,7 @@ void check_sparse_mla_inputs(const Check& check, const Args& a) {
   check.unit_last_stride("q", a.q);
   check.unit_last_stride("kv", a.kv);
   check.unit_last_stride("indices", a.indices);
+  check_key_count(check, "indices", a.indices.size(2));
   if (a.attn_sink) check.contiguous("attn_sink", a.attn_sink, "[h_q]", {h_q}, {statistics_dtype(a.q.dtype)});
   if (a.topk_length) check.contiguous("topk_length", a.topk_length, "[s_q]", {s_q}, {DType::int32});
   check.that(std::isfinite(a.softmax_scale), "softmax_scale", "finite", std::to_string(a.softmax_scale));

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "src/attention/gathered_cuda.h"
+#include "src/attention/key_count.h"
 #include "src/attention/mla_decode/mla_decode_sm90.h"
 #include "src/core/checks.h"
 #include "src/core/registry.h"
@@ -57,6 +58,7 @@ void check_args(const MlaDecodeArgs& a) {
   check.unit_last_stride("k_cache", a.k_cache);
   check.tensor("block_table", a.block_table, "[batch, max_pages]", {batch, any}, {DType::int32});
   check.unit_last_stride("block_table", a.block_table);
+  attention::check_key_count(check, "block_table", a.block_table.size(1) * a.k_cache.size(1));
   check.contiguous("cache_seqlens", a.cache_seqlens, "[batch]", {batch}, {DType::int32});
   if (a.k_scale) {
     check.that(element_size(a.k_cache.dtype) == 1, "k_scale", "absent without an FP8 cache", describe(a.k_scale));

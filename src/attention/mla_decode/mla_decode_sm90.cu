@@ -144,7 +144,6 @@ Reason mla_decode_sm90_refusal(const MlaDecodeArgs& a) {
   if (q.size(3) != kQkColumns || a.out.size(3) != kVColumns) return "takes d_qk = 576 and d_v = 512";
   if (a.k_cache.size(0) == 0 || a.k_cache.size(2) != 1) return "takes a cache with one head and at least one page";
   if (a.k_cache.size(1) % kRows != 0) return "takes pages of multiples of 64 rows";
-  if (a.block_table.size(1) * a.k_cache.size(1) > INT32_MAX - kRows) return "takes fewer than 2^31 keys";
   if (q.size(0) > kMaxBatch || q.size(1) * q.size(2) > 65535) return "takes up to 4096 requests of 65535 query rows";
   if (q.size(0) * (a.block_table.size(1) * a.k_cache.size(1) / kRows + kOverheadBlocks) > INT32_MAX / 2)
     return "takes fewer than 2^36 keys in all";

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "src/attention/gathered_cuda.h"
+#include "src/attention/key_count.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
 #include "src/core/checks.h"
 #include "src/core/kv_cache.h"
@@ -37,6 +38,7 @@ void check_pool(const Check& check, const SparseMlaDecodeArgs& a, const Pool& po
              std::to_string(kv_width(pool.cache)) + " values in " + describe(pool.cache));
   check.tensor(pool.indices_name, pool.indices, "[batch, s_q, topk]", {batch, s_q, Check::kAny}, {DType::int32});
   check.unit_last_stride(pool.indices_name, pool.indices);
+  attention::check_key_count(check, pool.indices_name, pool.indices.size(2));
   if (pool.length) check.contiguous(pool.length_name, pool.length, "[batch]", {batch}, {DType::int32});
   check.on_device(a.q.device,
                   {{pool.cache_name, pool.cache}, {pool.indices_name, pool.indices}, {pool.length_name, pool.length}});

@@ -71,12 +71,15 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
 int row_tiles(const SparseMlaDecodeArgs& a) {
   return static_cast<int>(a.q.size(1)) * cuda::ceil_div(static_cast<int>(a.q.size(2)), kHeads);
 }
-int parts_of(const SparseMlaDecodeArgs& a, int multiprocessors) {
+/// Blocks of keys of a request.
+std::int64_t blocks_of(const SparseMlaDecodeArgs& a) {
   const auto blocks = [](const TensorView& indices) {
     return indices ? cuda::ceil_div<std::int64_t>(indices.size(2), kKeys) : 0;
   };
-  return split_kv::parts_of(row_tiles(a), multiprocessors, a.q.size(0), blocks(a.indices) + blocks(a.extra_indices),
-                            a.batch_invariant);
+  return blocks(a.indices) + blocks(a.extra_indices);
+}
+int parts_of(const SparseMlaDecodeArgs& a, int multiprocessors) {
+  return split_kv::parts_of(row_tiles(a), multiprocessors, a.q.size(0), blocks_of(a), a.batch_invariant);
 }
 
 List list_of(const TensorView& cache, const TensorView& indices) {
@@ -154,6 +157,7 @@ Reason sparse_mla_decode_sm90_refusal(const SparseMlaDecodeArgs& a) {
   if (a.batch_invariant && parts_of(a, split_kv::kMostMultiprocessors) > split_kv::kMostParts)
     return "takes smaller batches with batch_invariant";
   if (row_tiles(a) > 1 << 20) return "takes fewer queries";
+  if (a.q.size(0) * (blocks_of(a) + kOverheadBlocks) > INT32_MAX / 2) return "takes fewer than 2^36 keys in all";
   return "";
 }
 
