@@ -26,8 +26,7 @@ __device__ __forceinline__ void store_values(const Workspace& to, int slot, int 
                                              const float (&columns)[2][64]) {
   constexpr int kHalf = 32;  // accesses of 16 bytes of a warp
   float4* at = reinterpret_cast<float4*>(to.values) +
-               ((std::int64_t{slot} * to.strips + strip) * 2 + half) * kHalf * cuda::kWarpSize +
-               threadIdx.x % cuda::kWarpSize;
+               ((to.first_strip(slot) + strip) * 2 + half) * kHalf * cuda::kWarpSize + threadIdx.x % cuda::kWarpSize;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const float* from = &columns[i / 16][i % 16 * 4];
@@ -36,8 +35,7 @@ __device__ __forceinline__ void store_values(const Workspace& to, int slot, int 
 }
 /// Stores the state of one row of a strip: the reference point of its exponentials, base 2, and their sum.
 __device__ __forceinline__ void store_state(const Workspace& to, int slot, int strip, int row, float most, float sum) {
-  reinterpret_cast<float2*>(to.states)[(std::int64_t{slot} * to.strips + strip) * kStripRows + row] =
-      make_float2(most, sum);
+  reinterpret_cast<float2*>(to.states)[(to.first_strip(slot) + strip) * kStripRows + row] = make_float2(most, sum);
 }
 
 /// Sum of what the lanes before have.
@@ -61,7 +59,7 @@ __device__ inline Part find_invariant_part(const Keys& keys, int part, Pieces* p
   for (int first = 0; first < keys.batch && (pieces || at <= part); first += cuda::kWarpSize) {
     const bool there = first + lane < keys.batch;
     const int blocks = there ? block_count(keys, first + lane) : 0;
-    const int length = max((blocks + kInvariantPieces - 1) / kInvariantPieces, kInvariantBlocks);
+    const int length = max((blocks + keys.invariant_pieces - 1) / keys.invariant_pieces, kInvariantBlocks);
     const int own = there ? max((blocks + length - 1) / length, 1) : 0, before = at + sum_before(own);
     if (pieces && there && threadIdx.x < cuda::kWarpSize) pieces[first + lane] = {2 * before, own};
     const unsigned its = __ballot_sync(cuda::kAllLanes, before <= part && part < before + own);
@@ -122,7 +120,7 @@ __device__ __forceinline__ Part find_part_of_equals(const Keys& keys, const Equa
 /// The part with number `part` of `parts`; all threads of the block call it, `scratch` is theirs until it returns, and
 /// all get the same. With `pieces`, the pieces of all requests are written there.
 __device__ inline Part find_part(const Keys& keys, int part, int parts, void* scratch, Pieces* pieces) {
-  if (keys.batch_invariant) return find_invariant_part(keys, part, pieces);
+  if (keys.invariant_pieces > 0) return find_invariant_part(keys, part, pieces);
   if (keys.batch <= cuda::kWarpSize) return find_part_of_few(keys, part, parts, pieces);
   __shared__ Part found;
   __shared__ int all_blocks, own_parts[cuda::kWarpSize];

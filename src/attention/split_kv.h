@@ -112,7 +112,7 @@ struct Keys {
   std::int32_t extra_keys;           ///< of the second cache; 0: none
   const std::int32_t* extra_length;  ///< [batch], or null
   std::int32_t overhead_blocks;      ///< what beginning a request costs a part, at least 1
-  bool batch_invariant;              ///< every request is cut by its own length alone
+  std::int32_t invariant_pieces;     ///< at most, of a request that is cut by its own length alone; 0: it is not
 
   DSM_HD_INLINE bool equal() const { return !length && !extra_length; }
 };
@@ -135,6 +135,13 @@ inline constexpr int kMostMultiprocessors = 132;
 /// Parts are thread blocks of a grid's second dimension, which takes no more.
 inline constexpr std::int64_t kMostParts = 65535;
 
+/// Pieces of a batch-invariant request at most: no more than keep the multiprocessors busy with its tiles alone, as
+/// their outputs take memory.
+inline std::int32_t invariant_pieces(std::int64_t tiles) {
+  return static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(kMostMultiprocessors / std::max<std::int64_t>(tiles, 1), 1, kInvariantPieces));
+}
+
 /// Parts for `tiles` tiles of query rows and up to `blocks` blocks of each request: as many as give each multiprocessor
 /// one part of one tile; or, batch-invariant, as many as there can be pieces.
 inline int parts_of(std::int64_t tiles, int multiprocessors, std::int64_t batch, std::int64_t blocks,
@@ -142,7 +149,7 @@ inline int parts_of(std::int64_t tiles, int multiprocessors, std::int64_t batch,
   if (!batch_invariant)
     return static_cast<int>(std::max<std::int64_t>(std::min(multiprocessors, kMostMultiprocessors) / tiles, 1));
   const std::int64_t most =
-      std::min<std::int64_t>((blocks + kInvariantBlocks - 1) / kInvariantBlocks, kInvariantPieces);
+      std::min<std::int64_t>((blocks + kInvariantBlocks - 1) / kInvariantBlocks, invariant_pieces(tiles));
   return static_cast<int>(batch * std::max<std::int64_t>(most, 1));
 }
 /// Whether a request can have several pieces.
@@ -159,16 +166,42 @@ inline constexpr int kStripValues = kStripRows * 512;
 /// threads of wgmma have them.
 struct Workspace {
   int parts, strips;
+  bool batch_invariant;
   Pieces* pieces;  ///< [batch]
-  /// [2 · parts, strips, 16, 2]: reference point of the exponentials, base 2, and their sum; 0: no key, and values are
+  /// [slots, strips, 16, 2]: reference point of the exponentials, base 2, and their sum; 0: no key, and values are
   /// not read.
   float* states;
-  /// [2 · parts, strips, 64, 32, 4]: columns 8 i + 2 q, + 1 of rows r and r + 8, for i below 64 and lane 4 r + q; not
+  /// [slots, strips, 64, 32, 4]: columns 8 i + 2 q, + 1 of rows r and r + 8, for i below 64 and lane 4 r + q; not
   /// divided by the sum.
   float* values;
 
-  static std::size_t bytes(std::int64_t batch, int parts, std::int64_t strips);
-  static Workspace at(void* memory, std::int64_t batch, int parts, std::int64_t strips);
+  static std::size_t bytes(std::int64_t batch, int parts, std::int64_t strips, bool batch_invariant) {
+    return pieces_bytes(batch) +
+           slots(parts, batch_invariant) * strips * (kStripRows * 2 * sizeof(float) + kStripValues * sizeof(float));
+  }
+  static Workspace at(void* memory, std::int64_t batch, int parts, std::int64_t strips, bool batch_invariant) {
+    auto* const pieces = static_cast<std::byte*>(memory);
+    auto* const states = reinterpret_cast<float*>(pieces + pieces_bytes(batch));
+    return {.parts = parts,
+            .strips = static_cast<int>(strips),
+            .batch_invariant = batch_invariant,
+            .pieces = reinterpret_cast<Pieces*>(pieces),
+            .states = states,
+            .values = states + slots(parts, batch_invariant) * strips * kStripRows * 2};
+  }
+
+  /// The first strip of a slot. Batch-invariant parts are one piece each: there are no odd slots.
+#ifdef __CUDACC__
+  __device__ std::int64_t first_strip(std::int32_t slot) const {
+    return std::int64_t{slot >> static_cast<int>(batch_invariant)} * strips;
+  }
+#endif
+
+ private:
+  static std::size_t slots(int parts, bool batch_invariant) {
+    return static_cast<std::size_t>(batch_invariant ? 1 : 2) * parts;
+  }
+  static std::size_t pieces_bytes(std::int64_t batch) { return (batch * sizeof(Pieces) + 255) / 256 * 256; }
 };
 /// Strips of a request whose query rows, positions times heads, come in groups of `rows`.
 inline std::int64_t strips_of(std::int64_t groups, std::int64_t rows) {

@@ -21,8 +21,6 @@ constexpr int kWarps = 8;
 constexpr int kMostOfFew = kInvariantPieces;  // batch-invariant pieces are added up in one way
 constexpr int kMostOfFewWarps = 32;           // pieces that half of the warps are enough for
 
-std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 /// Where results go.
 template <class T>
 struct Results {
@@ -72,25 +70,23 @@ template <int kSteps, int kAtOnce>
 __device__ __forceinline__ Sum<kSteps> add_pieces(const Workspace& from, Pieces pieces, int turn, int turns, int strip,
                                                   int first_step) {
   const int lane = threadIdx.x % cuda::kWarpSize;
-  const std::int64_t step_rows = from.strips * kStripRows, step_packs = std::int64_t{from.strips} * kPacks;
-  std::int64_t slot = pieces.slot(turn);
+  std::int32_t slot = pieces.slot(turn);
   Sum<kSteps> sum;
 #pragma unroll 1
   for (int i = turn; i < pieces.count; i += kAtOnce * turns) {
     float2 its[kAtOnce][2];
     float4 piece[kAtOnce][kSteps];
     // The slots of a warp's pieces are equally far apart, but perhaps the first one's.
-    const std::int64_t next = pieces.slot(i + turns);
+    const std::int32_t next = pieces.slot(i + turns);
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const bool there = k == 0 || i + k * turns < pieces.count;
-      const std::int64_t its_slot = there && k > 0 ? next + (k - 1) * 2 * turns : slot;
-      const float2* state =
-          reinterpret_cast<const float2*>(from.states) + its_slot * step_rows + strip * kStripRows + lane / 4;
+      const std::int64_t its_strip = from.first_strip(there && k > 0 ? next + (k - 1) * 2 * turns : slot) + strip;
+      const float2* state = reinterpret_cast<const float2*>(from.states) + its_strip * kStripRows + lane / 4;
       its[k][0] = state[0], its[k][1] = state[8];
       if (!there) its[k][0].y = its[k][1].y = 0;
-      const float4* pack = reinterpret_cast<const float4*>(from.values) + its_slot * step_packs + strip * kPacks +
-                           first_step * cuda::kWarpSize + lane;
+      const float4* pack =
+          reinterpret_cast<const float4*>(from.values) + its_strip * kPacks + first_step * cuda::kWarpSize + lane;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) piece[k][step] = pack[step * cuda::kWarpSize];
     }
@@ -218,21 +214,6 @@ EqualRequests::EqualRequests(const Keys& keys, int parts) : blocks(blocks_of(key
   const int in_turn = std::max(shared_by(keys.batch * (blocks + keys.overhead_blocks), parts), 1);
   line = Line(keys.overhead_blocks, in_turn, alone);
   stretch = Reciprocal(line.stretch(blocks));
-}
-
-std::size_t Workspace::bytes(std::int64_t batch, int parts, std::int64_t strips) {
-  const std::size_t slots_strips = static_cast<std::size_t>(2) * parts * strips;
-  return aligned(batch * sizeof(Pieces)) + slots_strips * (kStripRows * sizeof(float2) + kStripValues * sizeof(float));
-}
-
-Workspace Workspace::at(void* memory, std::int64_t batch, int parts, std::int64_t strips) {
-  auto* bytes = static_cast<std::byte*>(memory);
-  Workspace result{.parts = parts, .strips = static_cast<int>(strips)};
-  result.pieces = reinterpret_cast<Pieces*>(bytes), bytes += aligned(batch * sizeof(Pieces));
-  result.states = reinterpret_cast<float*>(bytes),
-  bytes += static_cast<std::size_t>(2) * parts * strips * kStripRows * sizeof(float2);
-  result.values = reinterpret_cast<float*>(bytes);
-  return result;
 }
 
 void combine(const char* operation, const Workspace& workspace, std::int64_t groups, const TensorView& attn_sink,

@@ -97,8 +97,9 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
                  .extra_keys = 0,
                  .extra_length = nullptr,
                  .overhead_blocks = kOverheadBlocks,
-                 .batch_invariant = a.batch_invariant};
-  params.workspace = split_kv::Workspace::at(on.workspace, batch, parts, split_kv::strips_of(1, rows));
+                 .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(tiles) : 0};
+  params.workspace =
+      split_kv::Workspace::at(on.workspace, batch, parts, split_kv::strips_of(1, rows), a.batch_invariant);
   params.block_table = a.block_table.as<const std::int32_t>();
   params.table_stride = a.block_table.stride[0];
   params.page_blocks = static_cast<std::int32_t>(page_size / kRows);
@@ -158,8 +159,8 @@ std::size_t mla_decode_sm90_workspace(const MlaDecodeArgs& args) {
   if (args.lse.numel() == 0) return 0;
   const int parts = parts_of(args, split_kv::kMostMultiprocessors);
   const bool cuts = split_kv::cuts_requests(parts, args.q.size(0), args.batch_invariant);
-  return split_kv::Workspace::bytes(args.q.size(0), parts,
-                                    cuts ? split_kv::strips_of(1, args.q.size(1) * args.q.size(2)) : 0);
+  return split_kv::Workspace::bytes(
+      args.q.size(0), parts, cuts ? split_kv::strips_of(1, args.q.size(1) * args.q.size(2)) : 0, args.batch_invariant);
 }
 
 void mla_decode_sm90(const MlaDecodeArgs& args, const Launch& launch) {

@@ -7,8 +7,8 @@
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_producer.cuh"
 #include "src/cuda/copy/swizzled_rows.cuh"
 
-// Rows of a bfloat16 cache are keys as they are: copied asynchronously, a whole row at a time, 74 KB on their way to each
-// multiprocessor. Bound by the warpgroups that use them, which take some 4500 cycles for a block of 64 keys of 576
+// Rows of a bfloat16 cache are keys as they are: copied asynchronously, a whole row at a time, 74 KB on their way to
+// each multiprocessor. Bound by the warpgroups that use them, which take some 4500 cycles for a block of 64 keys of 576
 // columns; the memory could bring it in 4100.
 //
 // H200, batch 128, us end to end, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS) and the portable kernel:
@@ -26,8 +26,8 @@ struct PlainRow {
 template <int kWidth>
 inline constexpr int kBringingWarps<PlainRow<kWidth>> = kWarpgroup / 32;
 
-/// Each of two warpgroups has a buffer, which it fills again as soon as that is free, so that rows of the next block are
-/// asked for before those of this one have landed.
+/// Each of two warpgroups has a buffer, which it fills again as soon as that is free, so that rows of the next block
+/// are asked for before those of this one have landed.
 template <class Record, class Extra, int kWidth>
   requires std::is_same_v<Record, PlainRow<kWidth>>
 __device__ __forceinline__ void bring_keys(const Problem& p, const split_kv::Part& part, Shared<kWidth>& shared) {

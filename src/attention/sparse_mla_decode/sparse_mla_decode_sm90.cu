@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
   }
   __syncthreads();
   split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
-  const split_kv::Part part = p.keys.equal() && !p.keys.batch_invariant
+  const split_kv::Part part = p.keys.equal() && p.keys.invariant_pieces == 0
                                   ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
                                   : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, shared.keys, pieces);
   cuda::release_next_kernel();
@@ -99,7 +99,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
                             .extra_keys = two ? static_cast<std::int32_t>(a.extra_indices.size(2)) : 0,
                             .extra_length = a.extra_topk_length.as<const std::int32_t>(),
                             .overhead_blocks = kOverheadBlocks,
-                            .batch_invariant = a.batch_invariant};
+                            .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(row_tiles(a)) : 0};
   const Problem problem{
       .q = a.q.as<const __nv_bfloat16>(),
       .q_request = a.q.stride[0],
@@ -109,7 +109,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
       .extra = two ? list_of(a.extra_k_cache, a.extra_indices) : list,
       .keys = keys,
       .equal = split_kv::EqualRequests(keys, parts),
-      .pieces = split_kv::Workspace::at(launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2))),
+      .pieces = split_kv::Workspace::at(launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2)),
+                                        a.batch_invariant),
       .attn_sink = a.attn_sink.as<const float>(),
       .scale = static_cast<float>(a.softmax_scale) * kLog2e,
       .s_q = static_cast<int>(a.q.size(1)),
@@ -165,7 +166,8 @@ std::size_t sparse_mla_decode_sm90_workspace(const SparseMlaDecodeArgs& a) {
   if (a.lse.numel() == 0) return 0;
   const int parts = parts_of(a, split_kv::kMostMultiprocessors);
   const bool cuts = split_kv::cuts_requests(parts, a.q.size(0), a.batch_invariant);
-  return split_kv::Workspace::bytes(a.q.size(0), parts, cuts ? split_kv::strips_of(a.q.size(1), a.q.size(2)) : 0);
+  return split_kv::Workspace::bytes(a.q.size(0), parts, cuts ? split_kv::strips_of(a.q.size(1), a.q.size(2)) : 0,
+                                    a.batch_invariant);
 }
 
 void sparse_mla_decode_sm90(const SparseMlaDecodeArgs& a, const Launch& launch) {

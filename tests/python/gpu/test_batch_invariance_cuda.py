@@ -9,7 +9,7 @@ from itertools import accumulate
 import pytest
 import torch
 from cache_layouts import of_rows
-from hostile import CUDA, moved
+from hostile import CUDA, int32, moved
 from torch import Tensor
 
 import ds_flashdmla_moe as dsm
@@ -78,6 +78,7 @@ CALLS = {
     "dense float32": lambda: dense(torch.float32, 1, 5),
     "flash_mla": lambda: dense(torch.bfloat16, 2, 64, through_flash_mla=True),
     "sparse V4": lambda: sparse(584, 64, 5000),
+    "sparse V4, 16 heads": lambda: sparse(584, 16, 5000),
     "sparse V3.2": lambda: sparse(656, 128, 2048),
     "sparse bfloat16": lambda: sparse(1024, 64, 3000),
     "sparse, 544 columns": lambda: sparse(1088, 16, 3000),
@@ -94,3 +95,17 @@ def test_bits_do_not_depend_on_the_batch(make: Callable[[], Call]) -> None:
         some, some_lse = call(chosen)
         assert torch.equal(some, out[chosen])
         assert torch.equal(some_lse, lse[chosen])
+
+
+def test_prompts_beside_long_tables_take_little_memory() -> None:
+    """Thousands of positions keep the GPU busy without cutting their requests, whatever there is room for."""
+    q = torch.randn(2, 4000, 16, 576, dtype=torch.bfloat16, device=CUDA)
+    cache, lengths = torch.randn(8, 64, 1, 576, dtype=torch.bfloat16, device=CUDA), int32([500, 130]).to(CUDA)
+    table = torch.arange(8, dtype=torch.int32, device=CUDA).repeat(2, 2048)
+    out, lse = dsm.ops.mla_decode(q, cache, table[:, :8], lengths, 512, batch_invariant=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    again, lse_again = dsm.ops.mla_decode(q, cache, table, lengths, 512, batch_invariant=True)
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes + lse.nbytes + (64 << 20)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
