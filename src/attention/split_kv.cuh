@@ -21,6 +21,13 @@ __device__ __forceinline__ int block_count(const Keys& keys, int request) {
 /// Shared memory that find_part needs while it runs.
 inline constexpr std::size_t scratch_bytes(std::int64_t batch) { return static_cast<std::size_t>(batch) * sizeof(int); }
 
+/// Stores columns 8 step to 8 step + 7 of a strip of a piece, of which a lane has two of rows lane / 4 and 8 on.
+__device__ __forceinline__ void store_values(const Workspace& to, int slot, int strip, int step, int lane,
+                                             const float4& values) {
+  constexpr int kSteps = kStripValues / 4 / cuda::kWarpSize;
+  reinterpret_cast<float4*>(
+      to.values)[((std::int64_t{slot} * to.strips + strip) * kSteps + step) * cuda::kWarpSize + lane] = values;
+}
 /// Stores one half of the columns of a strip of a piece, as a warp has them after products of 64 rows and 128 columns.
 __device__ __forceinline__ void store_values(const Workspace& to, int slot, int strip, int half,
                                              const float (&columns)[2][64]) {

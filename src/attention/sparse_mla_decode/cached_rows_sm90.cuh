@@ -79,18 +79,27 @@ __device__ __forceinline__ uint4 load_piece(const std::uint8_t* from) {
                : "l"(from));
   return piece;
 }
+/// The same from shared memory.
+__device__ __forceinline__ uint4 load_piece(std::uint32_t from) {
+  uint4 piece;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+               : "r"(from)
+               : "memory");
+  return piece;
+}
 __device__ __forceinline__ void store_chunk(std::uint32_t to, const std::uint32_t (&chunk)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(chunk[0]), "r"(chunk[1]), "r"(chunk[2]),
                "r"(chunk[3])
                : "memory");
 }
 
-/// Asks for a lane's pieces of a row, of one of the two lots.
-template <class Record, int kWhich, int N>
-__device__ __forceinline__ void load_lot(uint4 (&lot)[N], const std::uint8_t* row, int lane) {
+/// Asks for a lane's pieces of a row, of one of the two lots. A row is a pointer, or an address of shared memory.
+template <class Record, int kWhich, class Row, int N>
+__device__ __forceinline__ void load_lot(uint4 (&lot)[N], Row row, int lane) {
   using Of = Pieces<Record>;
   static_assert(Of::kLot <= N && Record::kBytes <= kMostRowBytes);
-  const std::uint8_t* own = row + lane % kLanesPerRow * 16;
+  const Row own = row + lane % kLanesPerRow * 16;
 #pragma unroll
   for (int i = 0; i < Of::kLot; ++i) {
     const int c = kWhich * Of::kLot + i;
@@ -99,8 +108,8 @@ __device__ __forceinline__ void load_lot(uint4 (&lot)[N], const std::uint8_t* ro
   }
 }
 
-template <class Record, int N>
-__device__ __forceinline__ void load_scales(uint4 (&scales)[N], const std::uint8_t* from) {
+template <class Record, class Row, int N>
+__device__ __forceinline__ void load_scales(uint4 (&scales)[N], Row from) {
   if constexpr (Pieces<Record>::kScaleBytes % 16 == 0) {
 #pragma unroll
     for (int c = 0; c < Pieces<Record>::kScales; ++c) scales[c] = load_piece(from + 16 * c);

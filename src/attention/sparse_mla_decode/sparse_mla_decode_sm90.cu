@@ -1,4 +1,5 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
+// Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh); what follows is the one for more.
 // A thread block has 64 heads of one position and a run of blocks of 64 keys, of one request or of several. Four
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
@@ -13,13 +14,14 @@
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS):
 // V4, 64 heads, 128 + 512: batch 2 18.5, 16 30.2 (1.8), 64 37.9 (7.3), 128 44.5 (14.5), 148 66.6 (16.8); at most 512
 // in the second cache: batch 64 31.3 (4.3), 128 49.0 (8.7). 128 heads, 128 + 1024: batch 64 61.2 (26), 128 128 (52).
-// V3.2, 2048: 128 heads batch 64 105 (49), 128 216 (99); batch 128: 64 heads 110 (49), 16 heads 107 (45).
+// V3.2, 2048: 128 heads batch 64 105 (49), 128 216 (99); batch 128: 64 heads 110 (49).
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_consumer.cuh"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_producer.cuh"
 #include "src/core/kv_cache.h"
 #include "src/cuda/copy/pack.cuh"
@@ -34,6 +36,14 @@ constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kOverheadBlocks = 1;  // what beginning a request costs
 constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast on plain rows, or faster
 
+/// What the thread block computes, found by all of its threads; `scratch` is theirs.
+__device__ __forceinline__ split_kv::Part own_part(const Problem& p, void* scratch) {
+  split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
+  return p.keys.equal() && p.keys.invariant_pieces == 0
+             ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
+             : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, scratch, pieces);
+}
+
 template <class Record, class Extra>
 __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(const __grid_constant__ Problem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -47,10 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
     cuda::fence_barrier_init();
   }
   __syncthreads();
-  split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
-  const split_kv::Part part = p.keys.equal() && p.keys.invariant_pieces == 0
-                                  ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
-                                  : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, shared.keys, pieces);
+  const split_kv::Part part = own_part(p, shared.keys);
   cuda::release_next_kernel();
   if (part.last_request < part.first_request) return;
 
@@ -64,6 +71,35 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
   } else {
     cuda::give_registers<80>();
     bring_keys<Record, Extra>(p, part, shared);
+  }
+#endif
+}
+
+template <class Record, class Extra>
+__global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
+    sparse_mla_decode_few_heads_sm90_kernel(const __grid_constant__ Problem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Few = FewHeads<Record, Extra>;
+  extern __shared__ std::uint8_t memory[];
+  auto& shared = *reinterpret_cast<typename Few::Shared*>(memory + (-cuda::shared_address(memory) & 1023));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kKeyBuffers; ++i) {
+      shared.full[i].init(kBringingWarps<Record>);
+      shared.empty[i].init(kWarpgroup / 32);
+    }
+    for (auto& rows : shared.rows) rows.landed.init(1);
+    cuda::fence_barrier_init();
+  }
+  __syncthreads();
+  const split_kv::Part part = own_part(p, shared.keys);
+  cuda::release_next_kernel();
+  if (part.last_request < part.first_request) return;
+
+  const int warpgroup = __shfl_sync(cuda::kAllLanes, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    Few::weigh_keys(p, part, shared);
+  } else {
+    bring_copied_keys<Record, Extra>(p, part, shared, threadIdx.x / 32 - kWarpgroup / 32);
   }
 #endif
 }
@@ -122,10 +158,23 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
       .out_head = a.out.stride[2],
       .lse = a.lse.as<float>(),
   };
-  constexpr std::size_t kBytes = sizeof(Shared<Record::kWidth>) + 1024;
-  const auto kernel = sparse_mla_decode_sm90_kernel<Record, Extra>;
-  cuda::allow_shared_bytes(name, kernel, kBytes);
-  cuda::launch(name, kernel, dim3(row_tiles(a), parts), dim3(kThreads), kBytes, launch, problem);
+  const auto run = [&](auto* kernel, int threads, std::size_t shared) {
+    const std::size_t bytes = shared + 1024;
+    cuda::allow_shared_bytes(name, kernel, bytes);
+    cuda::launch(name, kernel, dim3(row_tiles(a), parts), dim3(threads), bytes, launch, problem);
+  };
+  const auto run_many = [&] {
+    run(sparse_mla_decode_sm90_kernel<Record, Extra>, kThreads, sizeof(Shared<Record::kWidth>));
+  };
+  if constexpr (requires { typename Record::Element; }) {  // rows that are converted
+    using Few = FewHeads<Record, Extra>;
+    if (a.q.size(2) <= Few::kTileHeads)
+      run(sparse_mla_decode_few_heads_sm90_kernel<Record, Extra>, Few::kThreads, sizeof(typename Few::Shared));
+    else
+      run_many();
+  } else {
+    run_many();
+  }
   if (split_kv::cuts_requests(parts, batch, a.batch_invariant))
     split_kv::combine(name, problem.pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }

@@ -67,6 +67,18 @@ __device__ __forceinline__ void fence_barrier_init() {
 /// Ordinary stores to shared memory before it are seen by wgmma and bulk copies after it (and after a barrier).
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+/// Whether this lane is the one of its warp, all of whose lanes call it, that does what one has to do. The compiler
+/// knows that it is one, and leaves out a loop over the lanes where an instruction takes its operands from a warp.
+__device__ __forceinline__ bool elected() {
+  std::uint32_t is;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p; }"
+      : "=r"(is));
+  return is;
+}
+
 /// Named barriers, 1 to 15 (0 is __syncthreads), among `threads` threads, a multiple of 32: some only arrive.
 __device__ __forceinline__ void named_sync(int barrier, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

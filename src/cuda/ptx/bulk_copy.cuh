@@ -7,8 +7,8 @@
 
 #include "src/cuda/ptx/barrier.cuh"
 
-// Hopper's asynchronous copies (sm_90) of boxes of tensors that a tensor map describes. One thread issues a copy.
-// Source: PTX ISA 8.x, cp.async.bulk.tensor.
+// Hopper's asynchronous copies (sm_90) of bytes, and of boxes of tensors that a tensor map describes. One thread issues
+// a copy. Source: PTX ISA 8.x, cp.async.bulk and cp.async.bulk.tensor.
 
 namespace dsm::cuda {
 
@@ -22,6 +22,13 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+/// `bytes` from global memory; they and both addresses are multiples of 16.
+__device__ __forceinline__ void bulk_load(std::uint32_t shared, const void* from, std::uint32_t bytes,
+                                          MBarrier& landed) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(from), "r"(bytes), "r"(landed.address())
+               : "memory");
+}
 /// A box of a tensor at the given coordinates, fastest dimension first; what is outside the tensor becomes 0.
 __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap& map, int c0, int c1, int c2, int c3,
                                             MBarrier& landed, L2Hint hint = L2Hint::kEvictNormal) {

@@ -37,6 +37,9 @@ __device__ __forceinline__ std::uint64_t n_major(const void* tile, std::uint32_t
   return static_cast<std::uint64_t>((shared_address(tile) & 0x3ffff) >> 4) |
          static_cast<std::uint64_t>(tile_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
+/// A with its 64 rows contiguous ("MN-major"): rows of the tile are the elements of the sum, of which the next 16 begin
+/// 2048 bytes on. As one tile has all rows of A, the descriptor is that of a K-major tile.
+__device__ __forceinline__ std::uint64_t m_major(const void* tile) { return k_major(tile); }
 /// The descriptor so many bytes on, within 256 KB.
 __device__ __forceinline__ std::uint64_t advanced(std::uint64_t descriptor, std::uint32_t bytes) {
   return (descriptor & ~0xffffffffull) | (static_cast<std::uint32_t>(descriptor) + (bytes >> 4));
@@ -65,9 +68,39 @@ __device__ __forceinline__ void store_fragment(std::uint32_t to, const std::uint
                : "memory");
 }
 
-enum class Major { k, n };
+/// The same, transposed: `to` is where 8 columns of D's rows go, as a chunk of 16 bytes for each column.
+__device__ __forceinline__ void store_transposed(std::uint32_t to, const std::uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(d[0]), "r"(d[1]),
+               "r"(d[2]), "r"(d[3])
+               : "memory");
+}
 
-// `accumulate`: D += A B, otherwise D = A B. kB: how B's tile lies; A in shared memory is K-major.
+enum class Major { k, m, n };
+
+// `accumulate`: D += A B, otherwise D = A B. kB: how B's tile lies; A in shared memory is K-major unless kA says how
+// its tile lies, where B is K-major.
+
+template <class T, Major kA>
+__device__ __forceinline__ void wgmma_m64n16(float (&d)[8], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "setp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, p, 1, 1, %11, 0; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kA == Major::m));
+  else
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "setp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, p, 1, 1, %11, 0; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kA == Major::m));
+}
 
 template <class T, Major kB>
 __device__ __forceinline__ void wgmma_m64n64(float (&d)[32], std::uint64_t a, std::uint64_t b, bool accumulate) {

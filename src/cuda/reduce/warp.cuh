@@ -26,17 +26,18 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-/// Words w[j] of lane i of four neighbours become w[i] of lane j.
+/// Words w[j] of lane i of four, neighbours or kApart lanes apart, become w[i] of lane j.
+template <int kApart = 1>
 __device__ __forceinline__ void transpose_quad(std::uint32_t (&w)[4]) {
-  const bool odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
+  const bool odd = threadIdx.x / kApart % 2, upper = threadIdx.x / kApart / 2 % 2;
 #pragma unroll
   for (int j = 0; j < 4; j += 2) {
-    const std::uint32_t got = __shfl_xor_sync(kAllLanes, odd ? w[j] : w[j + 1], 1);
+    const std::uint32_t got = __shfl_xor_sync(kAllLanes, odd ? w[j] : w[j + 1], kApart);
     (odd ? w[j] : w[j + 1]) = got;
   }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const std::uint32_t got = __shfl_xor_sync(kAllLanes, upper ? w[j] : w[j + 2], 2);
+    const std::uint32_t got = __shfl_xor_sync(kAllLanes, upper ? w[j] : w[j + 2], 2 * kApart);
     (upper ? w[j] : w[j + 2]) = got;
   }
 }

@@ -91,6 +91,7 @@ def test_formats(row_bytes: int, page_size: int) -> None:
     """A cache alone, and with a second one, padded pages and indices that are no rows."""
     pool = of_rows(row_bytes, 320 // page_size, page_size, -page_size * row_bytes % 16 + 16)
     check(64, pool, lists(3, 1, 150, 320))
+    check(16, pool, lists(3, 1, 150, 320))
     for extra_bytes in (row_bytes, 288) if row_bytes == 528 else (row_bytes,):
         extra = of_rows(extra_bytes, 100, 2, -2 * extra_bytes % 16)
         check(
