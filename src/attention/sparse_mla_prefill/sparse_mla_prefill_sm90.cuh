@@ -14,14 +14,18 @@
 //   first     scores and weights of the first block of a pair, columns   0-255 of the output
 //   second    scores and weights of the second block,          columns 256-511 of the output
 //
-// Weights go to the other warpgroup through shared memory. The tensor cores see, of every pair,
+// Weights go to the other warpgroup through shared memory. Of every pair,
 //
-//   S0 = Q K0ᵀ (first) | S1 = Q K1ᵀ (second) | O += P0 V0 (both) | O += P1 V1 (both)
+//   first  multiplies S0 = Q K0ᵀ, O += P0 V0,            O += P1 V1
+//   second multiplies             S1 = Q K1ᵀ, O += P0 V0, O += P1 V1
 //
-// so that the first softmax hides behind S1 and the second behind P0 V0. Named barriers keep this order, as the tensor
-// cores would serve both warpgroups alike and finish both products late. While scores are multiplied, wgmma takes all
-// of shared memory's bandwidth: nothing that is waited for may be read from or stored there then. The output is rounded
-// into K1's place, and leaves from there while S0 of the next item is multiplied.
+// so that the first softmax hides behind S1 and the second behind P0 V0. There is room for these two blocks of keys
+// alone: products wait for rows, and rows for the products that free their places. So halves of blocks are asked for in
+// the order in which they are let go, the first warpgroup multiplies P0 before it hands it over, and P1 is handed over
+// 32 keys at a time. Row maxima are told ahead of the weights: the other warpgroup rescales its output meanwhile. S1
+// waits for S0, as the tensor cores would serve both warpgroups alike and finish both late. While scores are
+// multiplied, wgmma takes all of shared memory's bandwidth: nothing that is waited for may be read from or stored there
+// then. The output is rounded into K1's place, and leaves from there while S0 of the next item is multiplied.
 
 namespace dsm::sparse_prefill_sm90 {
 

@@ -7,19 +7,19 @@
 #include "dsm/sparse_mla.h"
 #include "src/core/registry.h"
 
-// Bound by the tensor cores at the chip's power limit and by shared memory: a pair of key blocks, 128 keys, is 4352
-// cycles of products (d_qk 576) and takes 5980, the ends of queries included. H200, s_q 4096, bfloat16, random rows, us
-// | part of the limit (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel, padded to 64 heads,
-// in the same run:
+// Bound by the chip's power limit, by the L2's rate of rows and by shared memory: a pair of key blocks, 128 keys, is
+// 4352 cycles of products (d_qk 576) and takes 5710, the ends of queries included. H200, s_q 4096, bfloat16, random
+// rows, us | part of the limit (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel, padded to
+// 64 heads, in the same run:
 //
 //   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3404 | 93 % | 3729      d_qk 512, h_q  64, topk  512:  468 | 79 % |  549
 //                                 s_kv  32768: 3559 | 89 % | 3957      d_qk 512, h_q 128, topk 1024: 1691 | 88 % | 1887
 //                                 s_kv 131072: 3774 | 84 % | 4119      d_qk 576, h_q  16, topk 2048: 1688 |102 % | 1900
 //
 // Weights relative to a maximum that may lag by 2^8 save 3 to 5 % of the time, as the output is rarely rescaled then,
-// and make the error 2 to 5 % larger. No gain: L2 prefetches of the next rows, products of P0 before S1 is done, no
-// fences behind the rows' arrival (they would be missing), keys let go 16 at a time, blocks that begin at different
-// times, queries cut between blocks so that all end alike.
+// and make the error 2 to 5 % larger. No gain: L2 prefetches of the next rows (11 % slower), P0 V0 begun with 32
+// keys or queued right behind S1, no fences behind the rows' arrival (they would be missing), keys let go 16 at a time,
+// blocks that begin at different times, queries cut between blocks so that all end alike.
 
 namespace dsm {
 

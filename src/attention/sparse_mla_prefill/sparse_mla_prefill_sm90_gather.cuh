@@ -92,18 +92,18 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
       shared.k_ready[0][3].arrive_after_copies();
 
       const SourceRows rows1 = key_rows(1);
-      shared.k_free[1][kRight].wait(parity);
-      tell_valid(1);
-      copy_rows<4, 6>(shared.k[1], rows1, q);
-      shared.k_ready[1][2].arrive_after_copies();
-      copy_rows<6, 8>(shared.k[1], rows1, q);
-      shared.k_ready[1][3].arrive_after_copies();
       shared.k_free[1][kLeft].wait(parity);
+      tell_valid(1);
       copy_rows<0, 2>(shared.k[1], rows1, q);
       shared.k_ready[1][0].arrive_after_copies();
       copy_rows<2, 4>(shared.k[1], rows1, q);
       copy_rows<8, kTiles>(shared.k[1], rows1, q);
       shared.k_ready[1][1].arrive_after_copies();
+      shared.k_free[1][kRight].wait(parity);
+      copy_rows<4, 6>(shared.k[1], rows1, q);
+      shared.k_ready[1][2].arrive_after_copies();
+      copy_rows<6, 8>(shared.k[1], rows1, q);
+      shared.k_ready[1][3].arrive_after_copies();
     }
   }
   const auto tell_end = [&](int block) {
@@ -112,7 +112,7 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
   };
   shared.k_free[0][kLeft].wait(parity);
   tell_end(0);
-  shared.k_free[1][kRight].wait(parity);
+  shared.k_free[1][kLeft].wait(parity);
   tell_end(1);
 }
 

@@ -50,7 +50,17 @@ struct Shared {
   MBarrier k_ready[2][4], k_free[2][2], valid_ready[2];  // [block][group], [block][half], [block]
 };
 
-/// Named barriers.
-enum : int { kFirstScored = 1, kSecondScored, kFirstWeighed, kSecondWeighed, kFirstDone, kSecondDone, kTaken };
+/// Named barriers: what a warpgroup has got to.
+enum : int {
+  kFirstScored = 1,
+  kFirstRaised,   // its references are told
+  kFirstWeighed,  // and its weights stored
+  kSecondRaised,
+  kSecondBegun,  // the weights of 32 keys stored
+  kSecondWeighed,
+  kFirstDone,
+  kSecondDone,
+  kTaken
+};
 
 }  // namespace dsm::sparse_prefill_sm90

@@ -37,20 +37,20 @@ __device__ __forceinline__ void multiply_tiles(float (&s)[32], const Tile* q, co
     }
 }
 
-/// O += P V, or O = P V, P in shared memory or in registers, V four tiles side by side.
-template <class T>
+/// O += P V, or O = P V, P in shared memory or in registers, V four tiles side by side; keys in steps of 16.
+template <class T, int kBegin = 0, int kEnd = 4>
 __device__ __forceinline__ void weigh_values(float (&o)[128], const Tile& p, const Tile* v, bool accumulate) {
   const std::uint64_t a = k_major(here(&p)), b = n_major(here(v), sizeof(Tile));
 #pragma unroll
-  for (int step = 0; step < 4; ++step)
+  for (int step = kBegin; step < kEnd; ++step)
     wgmma_m64n256<T, Major::n>(o, advanced(a, 32 * step), advanced(b, 2048 * step), accumulate || step > 0);
 }
-template <class T>
+template <class T, int kBegin = 0, int kEnd = 4>
 __device__ __forceinline__ void weigh_values(float (&o)[128], const std::uint32_t (&p)[4][4], const Tile* v,
                                              bool accumulate) {
   const std::uint64_t b = n_major(here(v), sizeof(Tile));
 #pragma unroll
-  for (int step = 0; step < 4; ++step)
+  for (int step = kBegin; step < kEnd; ++step)
     wgmma_m64n256<T, Major::n>(o, p[step], advanced(b, 2048 * step), accumulate || step > 0);
 }
 
@@ -59,6 +59,17 @@ __device__ __forceinline__ void weigh_values(float (&o)[128], const std::uint32_
 struct Rows {
   float reference[2] = {kLowest, kLowest}, sum[2] = {}, top[2] = {-INFINITY, -INFINITY};
 
+  /// The reference is a row's largest score so far, so that the largest weight is 1 and loses nothing where weights are
+  /// rounded. `of`: the largest of new scores.
+  __device__ void raise(const float (&of)[2], float scale, float (&factor)[2]) {
+    float to[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i] = fmaxf(top[i], of[i]);
+      to[i] = fmaxf(reference[i], of[i] * scale);
+    }
+    move(to, factor);
+  }
   /// Changes the reference: what has been summed up is to be rescaled by the factors.
   __device__ void move(const float (&to)[2], float (&factor)[2]) {
 #pragma unroll
@@ -82,11 +93,8 @@ __device__ __forceinline__ void rescale(float (&o)[128], const float (&factor)[2
   }
 }
 
-/// Scores become weights, packed as A of the next product. The reference is a row's largest score so far, so that the
-/// largest weight is 1 and loses nothing where weights are rounded.
-template <class T>
-__device__ __forceinline__ void weigh_keys(float (&s)[32], uint2 valid, float scale, Rows& rows, float (&factor)[2],
-                                           std::uint32_t (&p)[4][4]) {
+/// Takes out what is no key, and finds the rows' largest scores.
+__device__ __forceinline__ void find_top(float (&s)[32], uint2 valid, float (&top)[2]) {
   if ((valid.x & valid.y) != 0xffffffffu) {
     const int shift = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -97,24 +105,25 @@ __device__ __forceinline__ void weigh_keys(float (&s)[32], uint2 valid, float sc
         if (!(bits >> e % 2 & 1)) s[4 * j + e] = -INFINITY;
     }
   }
-  float reference[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float top = s[2 * i];
+    top[i] = s[2 * i];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-    rows.top[i] = fmaxf(rows.top[i], top);
-    reference[i] = fmaxf(rows.reference[i], top * scale);
+    for (int j = 0; j < 8; ++j) top[i] = fmaxf(top[i], fmaxf(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(kAllLanes, top[i], 1));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(kAllLanes, top[i], 2));
   }
-  rows.move(reference, factor);
+}
+
+/// Scores of keys 8 kBegin to 8 kEnd become weights, packed as A of the next product.
+template <class T, int kBegin, int kEnd>
+__device__ __forceinline__ void weigh_keys(const float (&s)[32], float scale, Rows& rows, std::uint32_t (&p)[4][4]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
+  for (int j = kBegin; j < kEnd; ++j)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float low = power_of_two(__fmaf_rn(s[4 * j + 2 * i], scale, -reference[i]));
-      const float high = power_of_two(__fmaf_rn(s[4 * j + 2 * i + 1], scale, -reference[i]));
+      const float low = power_of_two(__fmaf_rn(s[4 * j + 2 * i], scale, -rows.reference[i]));
+      const float high = power_of_two(__fmaf_rn(s[4 * j + 2 * i + 1], scale, -rows.reference[i]));
       rows.sum[i] += low + high;
       p[j / 2][i + j % 2 * 2] = rounded_pair<T>(low, high);
     }
@@ -123,23 +132,27 @@ __device__ __forceinline__ void weigh_keys(float (&s)[32], uint2 valid, float sc
 /// This thread's rows of a tile: row_of() and 8 on.
 __device__ __forceinline__ int row_of() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
+/// Weights of steps of 16 keys, for the other warpgroup.
+template <int kBegin, int kEnd>
 __device__ __forceinline__ void store_weights(Tile& tile, const std::uint32_t (&p)[4][4]) {
-  const std::uint32_t to = shared_address(&tile) + threadIdx.x % 4 * 4;
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + swizzled(row_of() + 8 * i, j)), "r"(p[j / 2][i + j % 2 * 2])
-                   : "memory");
+  for (int step = kBegin; step < kEnd; ++step)
+    store_fragment(shared_address(&tile) +
+                       swizzled(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16, 2 * step + threadIdx.x / 16 % 2),
+                   p[step]);
 }
 
-/// Tells the other warpgroup about the rows; at the end of an item with the sum over the four threads of a row.
-__device__ __forceinline__ void tell(RowState* states, Rows& rows, bool last) {
+/// Tells the other warpgroup about the rows.
+__device__ __forceinline__ void tell_references(RowState* states, const Rows& rows) {
+  if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) states[row_of() + 8 * i].reference = rows.reference[i];
+}
+/// At the end of an item; the sum over the four threads of a row.
+__device__ __forceinline__ void tell_sums(RowState* states, Rows& rows) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     RowState& state = states[row_of() + 8 * i];
-    if (threadIdx.x % 4 == 0) state.reference = rows.reference[i];
-    if (!last) continue;
     rows.sum[i] += __shfl_xor_sync(kAllLanes, rows.sum[i], 1);
     rows.sum[i] += __shfl_xor_sync(kAllLanes, rows.sum[i], 2);
     if (threadIdx.x % 4 != 0) continue;
@@ -163,18 +176,22 @@ __device__ __forceinline__ void stage_output(Tile* tiles, const float (&o)[128],
                                              const float (&sum)[2], const float (&sink)[2]) {
   unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // threadIdx.x, or all addresses would be kept across the loop
-  const std::uint32_t warp = thread % 128 / kWarpSize, row = thread % kWarpSize / 4;
-  const std::uint32_t to = shared_address(tiles + warp) + thread % 4 * 4;
+  const std::uint32_t warp = thread % 128 / kWarpSize, to = shared_address(tiles + warp);
+  float factor[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float all = sum[i] + power_of_two(sink[i] * kLog2e - rows.reference[i]);
-    const float factor = sum[i] == 0 ? 0.f : 1 / all;
+    factor[i] = sum[i] == 0 ? 0.f : 1 / all;
+  }
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const std::uint32_t word = rounded_pair<T>(o[4 * j + 2 * i] * factor, o[4 * j + 2 * i + 1] * factor);
-      const std::uint32_t at = to + swizzled(row + 8 * i, j % 8) + j / 8 * (sizeof(Tile) / 4);
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
+  for (int j = 0; j < 32; j += 2) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int at = 4 * (j + e / 2) + 2 * (e % 2);
+      words[e] = rounded_pair<T>(o[at] * factor[e % 2], o[at + 1] * factor[e % 2]);
     }
+    store_fragment(to + j / 8 * (sizeof(Tile) / 4) + swizzled(thread % 16, j % 8 + thread / 16 % 2), words);
   }
 }
 
