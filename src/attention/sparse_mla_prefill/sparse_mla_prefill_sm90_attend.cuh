@@ -181,14 +181,14 @@ __device__ void attend_second(const Problem& problem, const CUtensorMap& out, Sh
     store_weights<0, 2>(k1[8], p);
     fence_async_shared();
     named_arrive(kSecondBegun, kConsumers);
-    weigh_keys<T, 4, 8>(s, scale, rows, p);
-    store_weights<2, 4>(k1[8], p);  // before O is waited for: the other warpgroup goes on
-    if (last) tell_sums(shared.second, rows);
-    fence_async_shared();
-    named_arrive(kSecondWeighed, kConsumers);
     wgmma_wait<0>();
     wgmma_registers(o);
     arrive_once_a_warp(shared.k_free[0][kRight]);
+    weigh_keys<T, 4, 8>(s, scale, rows, p);
+    store_weights<2, 4>(k1[8], p);
+    if (last) tell_sums(shared.second, rows);
+    fence_async_shared();
+    named_arrive(kSecondWeighed, kConsumers);
     rescale(o, factor);
     wgmma_registers(o);
     wgmma_fence();
