@@ -99,14 +99,14 @@ __device__ __forceinline__ uint4 e2m1_chunk(std::uint32_t codes) {
 
 /// A scale, E8M0 or E4M3, as two bfloat16.
 template <class Scale>
-__device__ __forceinline__ __nv_bfloat162 scale_pair(const std::uint8_t* scale) {
+__device__ __forceinline__ __nv_bfloat162 scale_pair(std::uint8_t scale) {
   if constexpr (std::is_same_v<Scale, float8_e8m0fnu>) {
-    const std::uint32_t code = *scale;  // the exponent, but 2^-127 is subnormal and the last one NaN
+    const std::uint32_t code = scale;  // the exponent, but 2^-127 is subnormal and the last one NaN
     const std::uint32_t bits = code << 7 | (((code + 1) & 255) < 2 ? 0x40 : 0), both = bits << 16 | bits;
     return reinterpret_cast<const __nv_bfloat162&>(both);
   } else {
     float both[2];
-    cuda::widen_e4m3(cuda::Bytes<2>{{*scale, 0}}, both);
+    cuda::widen_e4m3(cuda::Bytes<2>{{scale, 0}}, both);
     return __float2bfloat162_rn(both[0]);
   }
 }

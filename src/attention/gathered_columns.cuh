@@ -9,18 +9,19 @@
 #include "src/cuda/copy/async.cuh"
 #include "src/cuda/ptx/barrier.cuh"
 
-// Tiles of keys of which each warp has columns of its own: 64 that are values, too, and of keys wider than 512 the
-// first four warps 16 more. A warp copies and converts them without waiting for the others.
+// Tiles of keys of which each warp has columns of its own: one or two slices of 64 that are values, too, and of keys
+// wider than 512 the first four warps 16 more. A warp copies and converts them without waiting for the others.
 namespace dsm::attention {
 
 inline constexpr int kMostColumns = 576, kMostValues = 512;  // d_qk, d_v
-inline constexpr int kValuesOfWarp = kMostValues / kWarps;
+inline constexpr int kSlice = 64, kSlices = kMostValues / kSlice;
 inline constexpr int kTailWarps = 4, kTailOfWarp = (kMostColumns - kMostValues) / kTailWarps;
-/// Bytes of a key (or of a query) in a warp's columns, as 16-bit elements: pieces of 16 bytes, permuted so that those
-/// of 8 keys lie in different banks.
-inline constexpr int kMainBytes = kValuesOfWarp * 2, kTailBytes = kTailOfWarp * 2;
+/// Bytes of a key (or of a query) in a slice and in a warp's last columns, as 16-bit elements: pieces of 16 bytes,
+/// permuted so that those of 8 keys lie in different banks.
+inline constexpr int kMainBytes = kSlice * 2, kTailBytes = kTailOfWarp * 2;
 
 DSM_HD_INLINE constexpr int main_at(int key, int piece) { return key * kMainBytes + (piece ^ key % 8) * 16; }
+inline constexpr int kSliceBytes = kTileKeys * kMainBytes;  // of a tile
 DSM_HD_INLINE constexpr int tail_at(int key, int piece) { return key * kTailBytes + (piece ^ key / 4 % 2) * 16; }
 
 /// Groups of a row that have float32 scales of any value, which no 16-bit element could take in: the products are
@@ -28,20 +29,20 @@ DSM_HD_INLINE constexpr int tail_at(int key, int piece) { return key * kTailByte
 inline constexpr int kScaleGroups = 4;
 static_assert(KvV32Fp8::kGroup * kScaleGroups == kMostValues);
 
-/// A stage, which rows are copied to: the warps' columns as they are in memory; the rows' ends; of codes, 4 bytes of
-/// scales for each warp and key.
+/// A stage, which rows are copied to: the slices as they are in memory; the rows' ends; of codes, 4 bytes of scales for
+/// each slice and key.
 struct Stage {
-  int code_bytes;  ///< of a key in a warp's columns; 0: these are elements already
+  int code_bytes;  ///< of a key in a slice; 0: these are elements already
 
   __host__ __device__ int main_bytes() const { return kTileKeys * (code_bytes == 0 ? kMainBytes : code_bytes); }
-  __host__ __device__ int tails_at() const { return kWarps * main_bytes(); }
+  __host__ __device__ int tails_at() const { return kSlices * main_bytes(); }
   __host__ __device__ int scales_at() const { return tails_at() + kTailWarps * kTileKeys * kTailBytes; }
-  __host__ __device__ int bytes() const { return scales_at() + (code_bytes == 0 ? 0 : kWarps * kTileKeys * 4); }
+  __host__ __device__ int bytes() const { return scales_at() + (code_bytes == 0 ? 0 : kSlices * kTileKeys * 4); }
 };
 
 #ifdef __CUDACC__
 
-/// Where a warp's columns are in the rows of a pool.
+/// Where a slice, and the last columns of the warp with as high a number, are in the rows of a pool.
 struct ColumnBytes {
   int first, pieces;            ///< the 64 columns: 2, 4 or 8 pieces of 16 bytes
   int tail_first, tail_pieces;  ///< the 16 at the end
@@ -50,9 +51,9 @@ struct ColumnBytes {
   bool scales_apart;
 };
 
-__device__ inline ColumnBytes column_bytes(RowFormat format, int d_qk, int warp) {
+__device__ inline ColumnBytes column_bytes(RowFormat format, int d_qk, int slice) {
   constexpr int kWhole = INT32_MAX;
-  const int column = warp * kValuesOfWarp, tail = kMostValues + warp * kTailOfWarp, some = warp < kTailWarps;
+  const int column = slice * kSlice, tail = kMostValues + slice * kTailOfWarp, some = slice < kTailWarps;
   ColumnBytes found{};
   switch (format) {
     case RowFormat::plain:
@@ -63,73 +64,102 @@ __device__ inline ColumnBytes column_bytes(RowFormat format, int d_qk, int warp)
       break;
     case RowFormat::v32_fp8:
       found = {
-          column, 4,    KvV32Fp8::kTailAt + warp * 32, 2 * some, KvV32Fp8::kScalesAt + column / KvV32Fp8::kGroup * 4,
+          column, 4,    KvV32Fp8::kTailAt + slice * 32, 2 * some, KvV32Fp8::kScalesAt + column / KvV32Fp8::kGroup * 4,
           kWhole, false};
       break;
     case RowFormat::v32_nvfp4:
-      found = {column / 2, 2, KvV32Nvfp4::kTailAt + warp * 16, some, KvV32Nvfp4::kScalesAt + warp * 4, kWhole, false};
+      found = {column / 2, 2, KvV32Nvfp4::kTailAt + slice * 16, some, KvV32Nvfp4::kScalesAt + slice * 4, kWhole, false};
       break;
-    case RowFormat::v4_fp8:  // the last warp's columns are the record's tail, and follow the codes
-      found = {column, column < KvV4Fp8::kQuantized ? 4 : 8, 0, 0, warp / 4 * 4, kWhole, true};
+    case RowFormat::v4_fp8:  // the last slice is the record's tail, and follows the codes
+      found = {column, column < KvV4Fp8::kQuantized ? 4 : 8, 0, 0, slice / 4 * 4, kWhole, true};
       break;
     case RowFormat::v41_fp8:
-      found = {column, 4, 0, 0, KvV41Fp8::kScalesAt + warp / 2 * 4, kWhole, false};
+      found = {column, 4, 0, 0, KvV41Fp8::kScalesAt + slice / 2 * 4, kWhole, false};
       break;
     default:
-      found = {column / 2, 2, 0, 0, KvV41Fp4::kScalesAt + warp * 4, kWhole, false};
+      found = {column / 2, 2, 0, 0, KvV41Fp4::kScalesAt + slice * 4, kWhole, false};
   }
   if (found.tail_first >= found.limit) found.tail_pieces = 0;
   return found;
 }
 
-/// A warp's columns of one tile in a stage.
+/// A warp's columns of one tile in a stage: kOwn slices.
+template <int kOwn>
 struct StageColumns {
   std::uint8_t *main, *tail;
   std::uint32_t* scales;
+  int slice_bytes;
 
   __device__ StageColumns(std::uint8_t* stage, const Stage& layout, int warp)
-      : main(stage + warp * layout.main_bytes()),
+      : main(stage + warp * kOwn * layout.main_bytes()),
         tail(stage + layout.tails_at() + warp % kTailWarps * kTileKeys * kTailBytes),
-        scales(reinterpret_cast<std::uint32_t*>(stage + layout.scales_at()) + warp * kTileKeys) {}
+        scales(reinterpret_cast<std::uint32_t*>(stage + layout.scales_at()) + warp * kOwn * kTileKeys),
+        slice_bytes(layout.main_bytes()) {}
 
-  /// Begins to copy the columns of a tile's rows; keys that do not exist become zeros.
-  __device__ void copy(ColumnBytes columns, const TileRows::Tile& rows) const {
+  __device__ const std::uint8_t* codes(int slice) const { return main + slice * slice_bytes; }
+  /// Of a key's scales, those in a slice; slices with the same ones have them once.
+  __device__ const std::uint32_t* scales_of(const ColumnBytes* columns, int slice) const {
+    return scales + (columns[slice].scales == columns[0].scales ? 0 : slice * kTileKeys);
+  }
+
+  /// Begins to copy the slices (`columns`) and the last columns (`end`) of a tile's rows; keys that do not exist become
+  /// zeros.
+  __device__ void copy(const ColumnBytes* columns, const ColumnBytes& end, const TileRows::Tile& rows) const {
     const int lane = threadIdx.x % cuda::kWarpSize;
     const std::uint32_t valid = rows.valid;
-    // kPieces of each row from byte `first` on, neighbouring lanes neighbouring ones, to to_of(key, piece).
-    const auto copy_pieces = [&]<int kPieces>(int first, const auto& to_of) {
+    // kPieces of each row from byte `first` on, neighbouring lanes neighbouring ones, to to_of(key, piece); and as many
+    // of the next slices, which follow in memory, too.
+    const auto copy_pieces = [&]<int kPieces, int kTogether = 1>(int first, const auto& to_of) {
       constexpr int kKeys = cuda::kWarpSize / kPieces, kAtOnce = kPieces < 4 ? kPieces : 4;  // registers are scarce
       const int key = lane / kPieces, piece = lane % kPieces, at = first + piece * 16;
-      const int most = at < columns.limit ? 16 : 0;
 #pragma unroll
       for (int begin = 0; begin < kPieces; begin += kAtOnce) {
         const std::uint8_t* data[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) data[i] = rows.data[(begin + i) * kKeys + key];
+        for (int i = 0; i < kAtOnce; ++i) data[i] = rows.data[(begin + i) * kKeys + key] + at;
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          cuda::copy_async<16>(to_of((begin + i) * kKeys + key, piece), data[i] + at,
-                               valid >> (begin + i) * kKeys >> key & 1 ? most : 0);
+        for (int next = 0; next < kTogether; ++next) {
+          const int most = at + next * kPieces * 16 < end.limit ? 16 : 0;
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i)
+            cuda::copy_async<16>(to_of((begin + i) * kKeys + key, piece) + next * slice_bytes,
+                                 data[i] + next * kPieces * 16, valid >> (begin + i) * kKeys >> key & 1 ? most : 0);
+        }
       }
     };
-    const std::uint32_t to = cuda::shared_address(main), tail_to = cuda::shared_address(tail);
-    if (columns.pieces == 8)
-      copy_pieces.template operator()<8>(columns.first, [&](int key, int piece) { return to + main_at(key, piece); });
-    else if (columns.pieces == 4)
-      copy_pieces.template operator()<4>(columns.first,
-                                         [&](int key, int piece) { return to + (key * 4 + piece) * 16; });
-    else
-      copy_pieces.template operator()<2>(columns.first,
-                                         [&](int key, int piece) { return to + (key * 2 + piece) * 16; });
-    if (columns.tail_pieces == 2)
-      copy_pieces.template operator()<2>(columns.tail_first,
+    const auto copy_slices = [&]<int kTogether>(int slice) {
+      const std::uint32_t to = cuda::shared_address(codes(slice));
+      const ColumnBytes& own = columns[slice];
+      if (own.pieces == 8)
+        copy_pieces.template operator()<8, kTogether>(own.first,
+                                                      [&](int key, int piece) { return to + main_at(key, piece); });
+      else if (own.pieces == 4)
+        copy_pieces.template operator()<4, kTogether>(own.first,
+                                                      [&](int key, int piece) { return to + (key * 4 + piece) * 16; });
+      else
+        copy_pieces.template operator()<2, kTogether>(own.first,
+                                                      [&](int key, int piece) { return to + (key * 2 + piece) * 16; });
+    };
+    if (columns[0].pieces == columns[kOwn - 1].pieces) {
+      copy_slices.template operator()<kOwn>(0);
+    } else {
+#pragma unroll 1
+      for (int slice = 0; slice < kOwn; ++slice) copy_slices.template operator()<1>(slice);
+    }
+    const std::uint32_t tail_to = cuda::shared_address(tail);
+    if (end.tail_pieces == 2)
+      copy_pieces.template operator()<2>(end.tail_first,
                                          [&](int key, int piece) { return tail_to + tail_at(key, piece); });
-    else if (columns.tail_pieces == 1)
-      copy_pieces.template operator()<1>(columns.tail_first, [&](int key, int) { return tail_to + key * kTailBytes; });
-    if (columns.scales >= 0)
-      cuda::copy_async<4>(cuda::shared_address(scales + lane),
-                          (columns.scales_apart ? rows.scales[lane] : rows.data[lane]) + columns.scales,
+    else if (end.tail_pieces == 1)
+      copy_pieces.template operator()<1>(end.tail_first, [&](int key, int) { return tail_to + key * kTailBytes; });
+    if (columns[0].scales < 0) return;
+    const std::uint8_t* const row = end.scales_apart ? rows.scales[lane] : rows.data[lane];
+#pragma unroll
+    for (int slice = 0; slice < kOwn; ++slice) {
+      if (slice > 0 && columns[slice].scales == columns[0].scales) continue;
+      cuda::copy_async<4>(cuda::shared_address(scales + slice * kTileKeys + lane), row + columns[slice].scales,
                           valid >> lane & 1 ? 4 : 0);
+    }
   }
 };
 
@@ -147,61 +177,75 @@ struct KeyPieces {
   }
 };
 
-/// Calls use(group, pieces) for the four groups of 8 keys of the warp's columns in a stage.
-template <class T, class Use>
-__device__ __forceinline__ void convert_columns(RowFormat format, const ColumnBytes& columns, const StageColumns& stage,
-                                                const Use& use) {
-  const int lane = threadIdx.x % cuda::kWarpSize, warp = threadIdx.x / cuda::kWarpSize, quarter = lane % 4;
-  const auto of_groups = [&](const auto& pieces_of) {
+/// Calls use(group, pieces) for the four groups of 8 keys of one of the warp's slices in a stage.
+template <class T, int kOwn, class Use>
+__device__ __forceinline__ void convert_slice(RowFormat format, const ColumnBytes* columns_of_slices,
+                                              const StageColumns<kOwn>& stage, int slice, const Use& use) {
+  const int lane = threadIdx.x % cuda::kWarpSize, quarter = lane % 4;
+  const int nth = threadIdx.x / cuda::kWarpSize * kOwn + slice;
+  const ColumnBytes& columns = columns_of_slices[slice];
+  const std::uint8_t* const codes = stage.codes(slice);
+  const std::uint32_t* const scales = stage.scales_of(columns_of_slices, slice);
+  // What is loaded of all groups comes before the first conversion, so that it is waited for together.
+  const auto of_groups = [&](const auto& load, const auto& converted) {
+    constexpr int kGroups = kTileKeys / 8;
+    decltype(load(0)) loaded[kGroups];
 #pragma unroll
-    for (int group = 0; group < kTileKeys / 8; ++group) use(group, pieces_of(group * 8 + lane / 4));
+    for (int group = 0; group < kGroups; ++group) loaded[group] = load(group * 8 + lane / 4);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) use(group, converted(loaded[group]));
   };
   if (columns.pieces == 8) {
-    of_groups([&](int key) {
+#pragma unroll
+    for (int group = 0; group < kTileKeys / 8; ++group) {
       const auto piece = [&](int j) {
-        return *reinterpret_cast<const uint4*>(stage.main + main_at(key, quarter * 2 + j));
+        return *reinterpret_cast<const uint4*>(codes + main_at(group * 8 + lane / 4, quarter * 2 + j));
       };
-      return KeyPieces<T>{{piece(0), piece(1)}};
-    });
+      use(group, KeyPieces<T>{{piece(0), piece(1)}});
+    }
     return;
   }
-  const auto e4m3 = [&](int key) {
-    const uint4 codes = reinterpret_cast<const uint4*>(stage.main)[key * 4 + quarter];
+  const auto e4m3_codes = [&](int key) { return reinterpret_cast<const uint4*>(codes)[key * 4 + quarter]; };
+  const auto e4m3 = [](uint4 codes) {
     return KeyPieces<T>{{e4m3_chunk<T>({codes.x, codes.y}), e4m3_chunk<T>({codes.z, codes.w})}};
   };
   if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto e2m1 = [&](int key) {
-      const uint2 codes = reinterpret_cast<const uint2*>(stage.main)[key * 4 + quarter];
-      return KeyPieces<T>{{e2m1_chunk(codes.x), e2m1_chunk(codes.y)}};
-    };
+    const auto e2m1_codes = [&](int key) { return reinterpret_cast<const uint2*>(codes)[key * 4 + quarter]; };
+    const auto e2m1 = [](uint2 codes) { return KeyPieces<T>{{e2m1_chunk(codes.x), e2m1_chunk(codes.y)}}; };
     // A lane's columns share a scale.
-    const auto scaled = [&]<class Scale>(const auto& codes_of, int scale_byte) {
-      of_groups([&](int key) {
-        KeyPieces<T> pieces = codes_of(key);
-        const auto by = scale_pair<Scale>(reinterpret_cast<const std::uint8_t*>(stage.scales + key) + scale_byte);
-        for (uint4& piece : pieces.at) piece = scaled_chunk(piece, by);
-        return pieces;
-      });
+    const auto scaled = [&]<class Scale>(const auto& load, const auto& converted, int scale_byte) {
+      struct Loaded {
+        decltype(load(0)) codes;
+        std::uint8_t scale;
+      };
+      of_groups(
+          [&](int key) { return Loaded{load(key), reinterpret_cast<const std::uint8_t*>(scales + key)[scale_byte]}; },
+          [&](const Loaded& loaded) {
+            KeyPieces<T> pieces = converted(loaded.codes);
+            const auto by = scale_pair<Scale>(loaded.scale);
+            for (uint4& piece : pieces.at) piece = scaled_chunk(piece, by);
+            return pieces;
+          });
     };
     switch (format) {
       case RowFormat::v4_fp8:
-        return scaled.template operator()<float8_e8m0fnu>(e4m3, warp % 4);
+        return scaled.template operator()<float8_e8m0fnu>(e4m3_codes, e4m3, nth % 4);
       case RowFormat::v41_fp8:
-        return scaled.template operator()<float8_e8m0fnu>(e4m3, warp % 2 * 2 + quarter / 2);
+        return scaled.template operator()<float8_e8m0fnu>(e4m3_codes, e4m3, nth % 2 * 2 + quarter / 2);
       case RowFormat::v32_nvfp4:
       case RowFormat::v41_fp4:
-        return scaled.template operator()<float8_e4m3fn>(e2m1, quarter);
+        return scaled.template operator()<float8_e4m3fn>(e2m1_codes, e2m1, quarter);
       default:
         break;
     }
   }
-  of_groups(e4m3);
+  of_groups(e4m3_codes, e4m3);
 }
 
 /// Makes T's of the codes at the end of rows.
-template <class T>
-__device__ __forceinline__ void convert_tail(const ColumnBytes& columns, const StageColumns& stage) {
-  if (columns.tail_pieces != 1) return;
+template <class T, int kOwn>
+__device__ __forceinline__ void convert_tail(const ColumnBytes& end, const StageColumns<kOwn>& stage) {
+  if (end.tail_pieces != 1) return;
   const int lane = threadIdx.x % cuda::kWarpSize;
   const uint4 codes = *reinterpret_cast<const uint4*>(stage.tail + lane * kTailBytes);
   *reinterpret_cast<uint4*>(stage.tail + tail_at(lane, 0)) = e4m3_chunk<T>({codes.x, codes.y});

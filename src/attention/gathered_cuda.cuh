@@ -134,8 +134,15 @@ struct GatheredAttention {
   __host__ __device__ std::int64_t rows() const { return queries() * group(); }
   __host__ __device__ std::int64_t units() const { return requests * (own_lists ? s_q : 1) * h_kv; }
   GatheredWork work() const {
-    return {requests, units(), rows(),         pools[0].listed + (pool_count > 1 ? pools[1].listed : 0),
-            d_v,      dtype,   batch_invariant};
+    const bool two = pool_count > 1;
+    return {.requests = requests,
+            .units = units(),
+            .rows = rows(),
+            .keys = pools[0].listed + (two ? pools[1].listed : 0),
+            .d_v = d_v,
+            .dtype = dtype,
+            .codes = pools[0].format != RowFormat::plain || (two && pools[1].format != RowFormat::plain),
+            .batch_invariant = batch_invariant};
   }
 };
 

@@ -37,35 +37,53 @@ bool scaled(const GatheredAttention& p) {
   return p.pools[0].format == RowFormat::v32_fp8 || (p.pool_count > 1 && p.pools[1].format == RowFormat::v32_fp8);
 }
 
-template <int M>
-Memory memory_of(const GatheredAttention& p, int stages) {
-  Memory memory{};
+/// Elements of few rows leave warps room for two slices, which halves what does not depend on the columns. Plain ones
+/// rather have more warps.
+template <int M, bool kPlain>
+using LayoutOf = Layout<M, M == 1 && !kPlain ? 2 : 1>;
+/// Blocks that are to run on a processor at the same time.
+template <int M, bool kPlain>
+inline constexpr int kBlocks = M > 1    ? 1
+                               : kPlain ? 2
+                                        : 3;
+
+/// Bytes of a key in a slice, of the format that has most of them; 0: all are elements.
+int code_bytes(const GatheredAttention& p) {
   bool plain = true;
+  int most = 0;
   for (int i = 0; i < p.pool_count; ++i) {
     const RowFormat format = p.pools[i].format;
     const bool elements = format == RowFormat::plain;
     const bool fp4 = format == RowFormat::v32_nvfp4 || format == RowFormat::v41_fp4;
     plain = plain && elements;
-    memory.stage.code_bytes = std::max(memory.stage.code_bytes, kMainBytes / (elements ? 1 : fp4 ? 4 : 2));
+    most = std::max(most, kMainBytes / (elements ? 1 : fp4 ? 4 : 2));
   }
-  if (plain) memory.stage.code_bytes = 0;
+  return plain ? 0 : most;
+}
+
+template <class L>
+Memory memory_of(const GatheredAttention& p, int stages) {
+  Memory memory{};
+  memory.stage.code_bytes = code_bytes(p);
+  const bool plain = memory.stage.code_bytes == 0;
   memory.stages = stages;
   memory.tiles_at = stages * memory.stage.bytes();
-  memory.scores_at = memory.tiles_at + (plain ? 0 : kWarps * kTileKeys * kMainBytes);
-  memory.weights_at = memory.scores_at + Layout<M>::kScoreBytes;
-  memory.queries_at = memory.weights_at + Layout<M>::kWeightsOfGroup * 2 * (scaled(p) ? kScaleGroups : 1);
-  memory.bytes = memory.queries_at + Layout<M>::kQueryBytes;
+  memory.scores_at = memory.tiles_at + (plain ? 0 : kSlices * kSliceBytes);
+  memory.weights_at = memory.scores_at + L::kScoreBytes;
+  memory.queries_at = memory.weights_at + L::kTerms * L::kWeights * 2 * (scaled(p) ? kScaleGroups : 1);
+  memory.bytes = memory.queries_at + L::kQueryBytes;
   return memory;
 }
 
 /// kPlain: rows are T's. kScaled: some are codes of v32_fp8, whose scales the scores and the weights take in.
 template <class T, int M, bool kPlain, bool kScaled>
-__global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
+__global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPlain>)
     attend_gathered_mma_cuda_kernel(const __grid_constant__ GatheredAttention p, Destination to, Memory memory,
                                     int row_blocks) {
-  using L = Layout<M>;
+  using L = LayoutOf<M, kPlain>;
+  constexpr int kOwn = L::kOwnSlices;
   __shared__ TileRows::Storage rows_storage;
-  __shared__ ColumnBytes columns_of_pools[2][kWarps];
+  __shared__ ColumnBytes columns_of_pools[2][kSlices];
   __shared__ float group_scales[kScaled ? kScaleGroups * kTileKeys : 1], factors[L::kRows];
   __shared__ alignas(Unit) unsigned char unit_memory[sizeof(Unit)];  // registers are scarce
   float* const scores = reinterpret_cast<float*>(shared_memory + memory.scores_at);
@@ -75,9 +93,9 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
   const int first_row = blockIdx.x % row_blocks * L::kRows;
   const auto last_row = [&] { return static_cast<int>(min(std::int64_t{first_row} + L::kRows, p.rows()) - 1); };
   if (threadIdx.x == 0) new (unit_memory) Unit(p, blockIdx.x / row_blocks, last_row());
-  if (threadIdx.x < 2 * kWarps)
-    columns_of_pools[threadIdx.x / kWarps][threadIdx.x % kWarps] =
-        column_bytes(p.pools[threadIdx.x / kWarps].format, static_cast<int>(p.d_qk), threadIdx.x % kWarps);
+  if (threadIdx.x < 2 * kSlices)
+    columns_of_pools[threadIdx.x / kSlices][threadIdx.x % kSlices] =
+        column_bytes(p.pools[threadIdx.x / kSlices].format, static_cast<int>(p.d_qk), threadIdx.x % kSlices);
   __syncthreads();
   const Unit& unit = *reinterpret_cast<const Unit*>(unit_memory);
   const int begin = to.parts.first_tile(blockIdx.y, unit.tiles), end = to.parts.first_tile(blockIdx.y + 1, unit.tiles);
@@ -87,26 +105,30 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
   constexpr bool kTurned = !kPlain && M == 1;  // codes go from registers to the products
   const int stages = kPlain ? 2 : memory.stages;
   const auto stage_of = [&](int t) {
-    return StageColumns(shared_memory + (stages == 2 ? t % 2 * layout.bytes() : 0), layout, warp);
+    return StageColumns<kOwn>(shared_memory + (stages == 2 ? t % 2 * layout.bytes() : 0), layout, warp);
   };
   const auto copy = [&](int t) {
-    if (t < end) stage_of(t).copy(columns_of_pools[unit.pool_of(t)][warp], rows.of(t));
+    if (t < end) {
+      const ColumnBytes* const columns = columns_of_pools[unit.pool_of(t)];
+      stage_of(t).copy(columns + warp * kOwn, columns[warp], rows.of(t));
+    }
     cuda::end_copy_group();
   };
   for (int t = begin; t < begin + 3; ++t) rows.find(t);
   __syncthreads();
   for (int t = begin; t < begin + stages; ++t) copy(t);
-  const QueryColumns<T, M, kTurned> queries(p, unit, first_row, shared_memory + memory.queries_at);
+  const QueryColumns<T, L, kTurned> queries(p, unit, first_row, shared_memory + memory.queries_at);
   const float score_scale = static_cast<float>(p.softmax_scale) * kLog2E * k_scale(p);
   RowState state;
-  Outputs<T, M> outputs;
+  Outputs<T, L> outputs;
 
   for (int t = begin; t < end; ++t) {
-    const StageColumns stage = stage_of(t);
-    std::uint8_t* const tile = kPlain ? stage.main : shared_memory + memory.tiles_at + warp * kTileKeys * kMainBytes;
+    const StageColumns<kOwn> stage = stage_of(t);
+    std::uint8_t* const tile = kPlain ? stage.main : shared_memory + memory.tiles_at + warp * kOwn * kSliceBytes;
     {
       const int pool = unit.pool_of(t);
-      const ColumnBytes& columns = columns_of_pools[pool][warp];
+      const ColumnBytes* const columns = columns_of_pools[pool] + warp * kOwn;
+      const ColumnBytes& end_columns = columns_of_pools[pool][warp];
       const RowFormat format = p.pools[pool].format;
       const bool of_codes = kScaled && format == RowFormat::v32_fp8;
       if (stages == 1)
@@ -114,26 +136,28 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
       else
         cuda::await_copy_groups<1>();
       __syncwarp();
-      Scores<T, M> products;
+      Scores<T, L> products;
       if constexpr (!kPlain) {
-        convert_columns<T>(format, columns, stage, [&](int group, const KeyPieces<T>& keys) {
-          keys.store(tile, group);
-          if constexpr (kTurned) products.add(queries, group, keys);
-        });
-        convert_tail<T>(columns, stage);
+#pragma unroll
+        for (int slice = 0; slice < kOwn; ++slice)
+          convert_slice<T>(format, columns, stage, slice, [&](int group, const KeyPieces<T>& keys) {
+            keys.store(tile + slice * kSliceBytes, group);
+            if constexpr (kTurned) products.add(queries, slice, group, keys);
+          });
+        convert_tail<T>(end_columns, stage);
         __syncwarp();
       }
       if constexpr (!kTurned) {
 #pragma unroll
-        for (int i = 0; i < kMainSteps; ++i) products.add(queries, i, tile);
+        for (int i = 0; i < L::kMainSteps; ++i) products.add(queries, i, tile + i / kSteps * kSliceBytes);
       }
       if constexpr (kScaled) {
-        constexpr int kWarpsOfGroup = kWarps / kScaleGroups;
+        constexpr int kWarpsOfGroup = L::kWarps / kScaleGroups;
         if (of_codes) products.scale(stage.scales);
         if (warp % kWarpsOfGroup == 0)
           group_scales[warp / kWarpsOfGroup * kTileKeys + lane] = of_codes ? __uint_as_float(stage.scales[lane]) : 1.f;
       }
-      if (columns.tail_pieces > 0) products.add(queries, kMainSteps, stage.tail);
+      if (end_columns.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
       products.store(scores);
       if constexpr (!kPlain) {
         __syncwarp();
@@ -144,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
     {
       const int row_of_block = threadIdx.x / L::kLanes, first_key = unit.key(t, 0);
       float s[L::kKeysOfLane];
-      read_scores<M>(scores, rows.of(t).valid, unit.seen(p, first_row + row_of_block) - first_key, score_scale, s);
-      const float rescale = weigh<T, M, kScaled>(s, group_scales, state, weights);
+      read_scores<L>(scores, rows.of(t).valid, unit.seen(p, first_row + row_of_block) - first_key, score_scale, s);
+      const float rescale = weigh<T, L, kScaled>(s, group_scales, state, weights);
       if (threadIdx.x % L::kLanes == 0) factors[row_of_block] = rescale;
     }
     rows.find(t + 3);
@@ -153,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
     outputs.rescale(factors);
     const int first_key = unit.key(t, 0);
     const T* const own_weights =
-        weights + (kScaled ? outputs.first_column() / KvV32Fp8::kGroup * L::kWeightsOfGroup : 0);
+        weights + (kScaled ? outputs.first_column() / KvV32Fp8::kGroup * L::kTerms * L::kWeights : 0);
     if (unit.seen(p, first_row) - first_key >= kTileKeys) {
       outputs.template add<false>(own_weights, tile);
     } else {
@@ -161,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
       // query, from the last to the first, what is not seen becomes 0.
       for (int query = unit.nth_query(last_row()); query >= unit.nth_query(first_row); --query) {
         const int seen = max(unit.seen(p, query * unit.group) - first_key, 0);
-        for (int i = thread_again() % cuda::kWarpSize; i < kTileKeys * kMainBytes / 16; i += cuda::kWarpSize)
-          if (i / (kMainBytes / 16) >= seen) reinterpret_cast<uint4*>(tile)[i] = uint4{};
+        for (int i = thread_again() % cuda::kWarpSize; i < kOwn * kSliceBytes / 16; i += cuda::kWarpSize)
+          if (i / (kMainBytes / 16) % kTileKeys >= seen) reinterpret_cast<uint4*>(tile)[i] = uint4{};
         __syncwarp();
         outputs.template add<true>(own_weights, tile, query * unit.group - first_row,
                                    (query + 1) * unit.group - first_row);
@@ -174,14 +198,14 @@ __global__ void __launch_bounds__(kThreads, M == 1 ? 2 : 1)
       copy(t + stages);
     }
   }
-  store_results<T, M>(p, to, unit, first_row, last_row(), state, outputs, factors);
+  store_results<T, L>(p, to, unit, first_row, last_row(), state, outputs, factors);
 }
 
 /// The probabilities of a tile of keys, summed over all rows of their unit, 16 after 16.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
     key_probs_mma_cuda_kernel(const __grid_constant__ GatheredAttention p, Memory memory, int tiles) {
-  using L = Layout<1>;
+  using L = Layout<1, 1>;
   __shared__ TileRows::Storage rows_storage;
   __shared__ float probabilities[L::kRows][kTileKeys + 1];
   float* const scores = reinterpret_cast<float*>(shared_memory + memory.scores_at);
@@ -193,26 +217,26 @@ __global__ void __launch_bounds__(kThreads, 2)
     TileRows rows(p, unit, t, rows_storage);
     rows.find(t);
     __syncthreads();
-    const StageColumns stage(shared_memory, memory.stage, warp);
+    const StageColumns<1> stage(shared_memory, memory.stage, warp);
     const ColumnBytes columns = column_bytes(RowFormat::plain, static_cast<int>(p.d_qk), warp);
-    stage.copy(columns, rows.of(t));
+    stage.copy(&columns, columns, rows.of(t));
     cuda::end_copy_group();
     cuda::await_copy_groups<0>();
     __syncwarp();
     for (int first_row = 0; first_row < p.rows(); first_row += L::kRows) {
-      const QueryColumns<T, 1, false> queries(p, unit, first_row, nullptr);
-      Scores<T, 1> products;
+      const QueryColumns<T, L, false> queries(p, unit, first_row, nullptr);
+      Scores<T, L> products;
 #pragma unroll
-      for (int i = 0; i < kMainSteps; ++i) products.add(queries, i, stage.main);
-      if (columns.tail_pieces > 0) products.add(queries, kMainSteps, stage.tail);
+      for (int i = 0; i < L::kMainSteps; ++i) products.add(queries, i, stage.main);
+      if (columns.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
       products.store(scores);
       __syncthreads();
       float s[L::kKeysOfLane];
-      read_scores<1>(scores, rows.of(t).valid, kTileKeys, static_cast<float>(p.softmax_scale), s);
+      read_scores<L>(scores, rows.of(t).valid, kTileKeys, static_cast<float>(p.softmax_scale), s);
       const int row_of_block = threadIdx.x / L::kLanes, row = first_row + row_of_block;
 #pragma unroll
       for (int j = 0; j < L::kKeysOfLane; ++j)
-        probabilities[row_of_block][Keys<1>::first_key(0) + j] =
+        probabilities[row_of_block][Keys<L>::first_key(0) + j] =
             row < p.rows() ? probability(p, unit.request, unit.query_of(row), unit.head_of(row), s[j]) : 0.f;
       __syncthreads();
       if (threadIdx.x < kTileKeys)
@@ -226,12 +250,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T, int M, bool kPlain, bool kScaled>
 void start(const char* operation, const GatheredAttention& p, const Memory& memory, const Launch& launch) {
+  using L = LayoutOf<M, kPlain>;
   const auto kernel = attend_gathered_mma_cuda_kernel<T, M, kPlain, kScaled>;
-  const auto row_blocks = static_cast<int>(cuda::ceil_div<std::int64_t>(p.rows(), Layout<M>::kRows));
+  const auto row_blocks = static_cast<int>(cuda::ceil_div<std::int64_t>(p.rows(), L::kRows));
   const Destination to = destination(p, launch);
   cuda::allow_shared_bytes(operation, kernel, memory.bytes);
-  cuda::launch(operation, kernel, dim3(static_cast<unsigned>(p.units() * row_blocks), to.parts.count), dim3(kThreads),
-               memory.bytes, launch, p, to, memory, row_blocks);
+  cuda::launch(operation, kernel, dim3(static_cast<unsigned>(p.units() * row_blocks), to.parts.count),
+               dim3(L::kThreads), memory.bytes, launch, p, to, memory, row_blocks);
 }
 
 template <int M>
@@ -245,17 +270,18 @@ void start_rows(const char* operation, const GatheredAttention& p, const Memory&
     (scaled(p) ? start<bfloat16, M, false, true> : start<bfloat16, M, false, false>)(operation, p, memory, launch);
 }
 
-/// Beside what kernels declare themselves, less 1 KB that the limit has for them.
-bool fits(const Memory& memory) {
-  constexpr int kOwn = 3 * 1024;
-  return static_cast<std::size_t>(memory.bytes) + kOwn <= cuda::shared_bytes_limit("attention");
+/// In as many blocks on a processor; beside what kernels declare themselves, less 1 KB that the limit has for them.
+bool fits(const Memory& memory, int blocks = 1) {
+  constexpr std::size_t kOwn = 3 * 1024;
+  return (static_cast<std::size_t>(memory.bytes) + kOwn) * blocks <= cuda::shared_bytes_limit("attention");
 }
 
-/// Two stages, or one of codes where two do not fit.
+/// Two stages, or one of codes where two would leave room for fewer blocks.
 template <int M>
 Memory best_memory(const GatheredAttention& p) {
-  const Memory memory = memory_of<M>(p, 2);
-  return memory.stage.code_bytes == 0 || fits(memory) ? memory : memory_of<M>(p, 1);
+  if (code_bytes(p) == 0) return memory_of<LayoutOf<M, true>>(p, 2);
+  const Memory memory = memory_of<LayoutOf<M, false>>(p, 2);
+  return fits(memory, kBlocks<M, false>) ? memory : memory_of<LayoutOf<M, false>>(p, 1);
 }
 
 }  // namespace
@@ -288,11 +314,11 @@ void attend_gathered_mma(const char* operation, const GatheredAttention& p, cons
 
 void key_probs_mma(const char* operation, const GatheredAttention& p, const Launch& launch) {
   const auto tiles = static_cast<int>(cuda::ceil_div<std::int64_t>(p.pools[0].listed, kTileKeys));
-  const Memory memory = memory_of<1>(p, 1);
+  const Memory memory = memory_of<Layout<1, 1>>(p, 1);
   const auto start = [&]<class T>() {
     cuda::allow_shared_bytes(operation, key_probs_mma_cuda_kernel<T>, memory.bytes);
     cuda::launch(operation, key_probs_mma_cuda_kernel<T>, dim3(static_cast<unsigned>(p.units() * tiles)),
-                 dim3(kThreads), memory.bytes, launch, p, memory, tiles);
+                 dim3(Layout<1, 1>::kThreads), memory.bytes, launch, p, memory, tiles);
   };
   p.dtype == DType::float16 ? start.template operator()<float16>() : start.template operator()<bfloat16>();
 }

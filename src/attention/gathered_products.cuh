@@ -9,20 +9,22 @@
 namespace dsm::attention {
 
 inline constexpr int kRowsOfTile = 16;
-inline constexpr int kWeightStride = kTileKeys + 8;    // against bank conflicts
-inline constexpr int kPairs = kValuesOfWarp / 16;      // of 8 columns
-inline constexpr int kMainSteps = kValuesOfWarp / 16;  // of the products over columns; one more for those at the end
+inline constexpr int kWeightStride = kTileKeys + 8;  // against bank conflicts
+inline constexpr int kSteps = kSlice / 16;           // of the products over the columns of a slice
 
-/// Of blocks with 16 · M query rows.
-template <int M>
+/// Of blocks with 16 · M query rows, of which each warp has kOwn slices of the columns.
+template <int M, int kOwn>
 struct Layout {
+  static constexpr int kRowTiles = M, kOwnSlices = kOwn, kWarps = kSlices / kOwn, kThreads = kWarps * cuda::kWarpSize;
+  static constexpr int kMainSteps = kOwn * kSteps;  // of the products over columns; one more for those at the end
   static constexpr int kRows = kRowsOfTile * M;
   static constexpr int kLanes = kThreads / kRows;  // threads of a row in the softmax
   static constexpr int kKeysOfLane = kTileKeys / kLanes;
-  static constexpr int kTerms = M == 1 ? 2 : 1;  // 16-bit numbers whose sum is a weight
   static constexpr int kScoreBytes = kWarps * kRows * kTileKeys * 4;
-  static constexpr int kWeightsOfGroup = kTerms * kRows * kWeightStride;
-  static constexpr int kQueryBytes = M == 1 ? 0 : kRows * (kWarps * kMainBytes + kTailWarps * kTailBytes);
+  /// 16-bit numbers whose sum is a weight: two where nothing but memory bounds the kernel.
+  static constexpr int kTerms = M == 1 && kOwn == 1 ? 2 : 1;
+  static constexpr int kWeights = kRows * kWeightStride;
+  static constexpr int kQueryBytes = M == 1 ? 0 : kRows * (kSlices * kMainBytes + kTailWarps * kTailBytes);
 };
 
 /// A warp's part of a score in shared memory: [kWarps, rows, kTileKeys], keys permuted in groups of 8, so that neither
@@ -32,17 +34,19 @@ __device__ __forceinline__ int score_at(int row, int key) {
 }
 
 /// The warp's columns of the block's queries: in registers, or, where these are needed for the outputs of many rows, in
-/// shared memory, laid out as keys are. With kTurned, columns are in the order of KeyPieces: step i has of each lane's
-/// 16 columns those from 4 · i on.
-template <class T, int M, bool kTurned>
+/// shared memory, laid out as keys are. With kTurned, columns are in the order of KeyPieces: step i of a slice has of
+/// each lane's 16 columns those from 4 · i on.
+template <class T, class L, bool kTurned>
 class QueryColumns {
  public:
+  static constexpr int M = L::kRowTiles, kMainSteps = L::kMainSteps;
   static constexpr bool kShared = M > 1;
+  static_assert(!kShared || L::kOwnSlices == 1);
 
   __device__ QueryColumns(const GatheredAttention& p, const Unit& unit, int first_row, std::uint8_t* shared) {
     const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
-    std::uint8_t* const main = shared + warp * Layout<M>::kRows * kMainBytes;
-    std::uint8_t* const tail = shared + Layout<M>::kRows * (kWarps * kMainBytes + warp % kTailWarps * kTailBytes);
+    std::uint8_t* const main = shared + warp * L::kRows * kMainBytes;
+    std::uint8_t* const tail = shared + L::kRows * (kSlices * kMainBytes + warp % kTailWarps * kTailBytes);
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
       const int row = half * 8 + lane / 4, of_unit = first_row + row;
@@ -55,9 +59,10 @@ class QueryColumns {
         if (kShared && at_end && warp >= kTailWarps) continue;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int nth = kTurned && !at_end ? lane % 4 * 16 + i * 4 + k * 2 : i * 16 + k * 8 + lane % 4 * 2;
+          const int nth = kTurned && !at_end ? i / kSteps * kSlice + lane % 4 * 16 + i % kSteps * 4 + k * 2
+                                             : i * 16 + k * 8 + lane % 4 * 2;
           const int column =
-              at_end ? kMostValues + warp * kTailOfWarp + nth - kValuesOfWarp : warp * kValuesOfWarp + nth;
+              (at_end ? kMostValues + warp * kTailOfWarp - kMainSteps * 16 : warp * kMainSteps * 16) + nth;
           const bool own = !at_end || warp < kTailWarps;
           const std::uint32_t pair =
               inside && own && column < p.d_qk ? *reinterpret_cast<const std::uint32_t*>(q + column) : 0u;
@@ -93,17 +98,19 @@ class QueryColumns {
 };
 
 /// The warp's part of the scores of a tile: products over its columns alone.
-template <class T, int M>
+template <class T, class L>
 struct Scores {
+  static constexpr int M = L::kRowTiles, kMainSteps = L::kMainSteps;
   static constexpr int kTiles = kTileKeys / 8;
   float s[M][kTiles][4] = {};
 
-  /// Adds those of the columns of step i, from a tile in shared memory.
+  /// Adds those of the columns of step i, from a slice (or the last columns) of a tile in shared memory.
   template <bool kTurned>
-  __device__ void add(const QueryColumns<T, M, kTurned>& queries, int i, const std::uint8_t* tile) {
+  __device__ void add(const QueryColumns<T, L, kTurned>& queries, int i, const std::uint8_t* tile) {
     const int lane = threadIdx.x % cuda::kWarpSize, key = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
     const bool at_end = i == kMainSteps;
-    const std::uint32_t from = cuda::shared_address(tile) + (at_end ? tail_at(key, half) : main_at(key, half) ^ i * 32);
+    const std::uint32_t from =
+        cuda::shared_address(tile) + (at_end ? tail_at(key, half) : main_at(key, half) ^ i % kSteps * 32);
     std::uint32_t b[kTiles / 2][4];
 #pragma unroll
     for (int n = 0; n < kTiles / 2; ++n) cuda::load_matrices(b[n], from + n * 16 * (at_end ? kTailBytes : kMainBytes));
@@ -116,16 +123,16 @@ struct Scores {
     }
   }
 
-  /// Adds those of a group of 8 keys over all columns but the last.
-  __device__ void add(const QueryColumns<T, M, true>& queries, int group, const KeyPieces<T>& keys) {
+  /// Adds those of a group of 8 keys over the columns of a slice.
+  __device__ void add(const QueryColumns<T, L, true>& queries, int slice, int group, const KeyPieces<T>& keys) {
     const std::uint32_t b[8] = {keys.at[0].x, keys.at[0].y, keys.at[0].z, keys.at[0].w,
                                 keys.at[1].x, keys.at[1].y, keys.at[1].z, keys.at[1].w};
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
-      for (int i = 0; i < kMainSteps; ++i) {
+      for (int i = 0; i < kSteps; ++i) {
         std::uint32_t a[4];
-        queries.load(a, i, m);
+        queries.load(a, slice * kSteps + i, m);
         cuda::mma_m16n8k16<T>(s[m][group], a, b[2 * i], b[2 * i + 1]);
       }
     }
@@ -146,7 +153,7 @@ struct Scores {
 
   __device__ void store(float* scores) const {
     const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
-    float* const to = scores + warp * Layout<M>::kRows * kTileKeys;
+    float* const to = scores + warp * L::kRows * kTileKeys;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int at = score_at(lane / 4, n * 8 + lane % 4 * 2);
@@ -160,13 +167,13 @@ struct Scores {
   }
 };
 
-/// A warp's part of the output: all rows of the block, its 64 columns.
-template <class T, int M>
+/// A warp's part of the output: all rows of the block, its columns.
+template <class T, class L>
 struct Outputs {
-  using L = Layout<M>;
-  float d[M][2 * kPairs][4] = {};
+  static constexpr int M = L::kRowTiles, kTerms = L::kTerms, kColumns = L::kOwnSlices * kSlice;
+  float d[M][kColumns / 8][4] = {};
 
-  static __device__ int first_column() { return threadIdx.x / cuda::kWarpSize * kValuesOfWarp; }
+  static __device__ int first_column() { return threadIdx.x / cuda::kWarpSize * kColumns; }
 
   __device__ void rescale(const float* factors) {
     const int lane = threadIdx.x % cuda::kWarpSize;
@@ -182,7 +189,8 @@ struct Outputs {
   /// Adds the weighted values of a tile; with kSome, to the rows [begin, end) only.
   template <bool kSome>
   __device__ void add(const T* weights, const std::uint8_t* tile, int begin = 0, int end = 0) {
-    constexpr int kTerms = L::kTerms;
+    // Of a slice, 16 columns at a time; loads that are waited for together take registers.
+    constexpr int kPairs = kSlice / 16, kAtOnce = kTerms * M == 1 ? kPairs : 1;
     const int lane = (kSome ? thread_again() : static_cast<int>(threadIdx.x)) % cuda::kWarpSize;
     const int key = lane / 8 % 2 * 8 + lane % 8, next = lane / 16;
     const std::uint32_t weights_at = cuda::shared_address(weights) + (key * kWeightStride + next * 8) * 2;
@@ -194,28 +202,33 @@ struct Outputs {
       for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
         for (int m = 0; m < M; ++m)
-          cuda::load_matrices(a[term][m], weights_at + ((term * L::kRows + m * kRowsOfTile) * kWeightStride + k) * 2);
+          cuda::load_matrices(a[term][m], weights_at + (term * L::kWeights + m * kRowsOfTile * kWeightStride + k) * 2);
       }
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        std::uint32_t b[4];
-        cuda::load_matrices_transposed(b, (values_at ^ pair * 32) + k * kMainBytes);
+      for (int first = 0; first < L::kOwnSlices * kPairs; first += kAtOnce) {
+        const std::uint32_t from = values_at + first / kPairs * kSliceBytes + k * kMainBytes;
+        std::uint32_t b[kAtOnce][4];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) cuda::load_matrices_transposed(b[i], from ^ (first + i) % kPairs * 32);
 #pragma unroll
         for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
-          for (int m = 0; m < M; ++m) {
+          for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              auto& of_8 = d[m][2 * pair + n];
-              if (!kSome) {
-                cuda::mma_m16n8k16<T>(of_8, a[term][m], b[2 * n], b[2 * n + 1]);
-                continue;
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+              for (int n = 0; n < 2; ++n) {
+                auto& of_8 = d[m][2 * (first + i) + n];
+                if (!kSome) {
+                  cuda::mma_m16n8k16<T>(of_8, a[term][m], b[i][2 * n], b[i][2 * n + 1]);
+                  continue;
+                }
+                float sum[4] = {of_8[0], of_8[1], of_8[2], of_8[3]};
+                cuda::mma_m16n8k16<T>(sum, a[term][m], b[i][2 * n], b[i][2 * n + 1]);
+                const int row = m * kRowsOfTile + lane / 4;
+                if (row >= begin && row < end) of_8[0] = sum[0], of_8[1] = sum[1];
+                if (row + 8 >= begin && row + 8 < end) of_8[2] = sum[2], of_8[3] = sum[3];
               }
-              float sum[4] = {of_8[0], of_8[1], of_8[2], of_8[3]};
-              cuda::mma_m16n8k16<T>(sum, a[term][m], b[2 * n], b[2 * n + 1]);
-              const int row = m * kRowsOfTile + lane / 4;
-              if (row >= begin && row < end) of_8[0] = sum[0], of_8[1] = sum[1];
-              if (row + 8 >= begin && row + 8 < end) of_8[2] = sum[2], of_8[3] = sum[3];
             }
           }
         }
@@ -232,7 +245,7 @@ struct Outputs {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int n = 0; n < 2 * kPairs; ++n) {
+        for (int n = 0; n < kColumns / 8; ++n) {
           const int column = first_column() + n * 8 + lane % 4 * 2;
           if (column < d_v)
             store(m * kRowsOfTile + lane / 4 + 8 * half, column, d[m][n][2 * half], d[m][n][2 * half + 1]);

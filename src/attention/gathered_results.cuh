@@ -31,11 +31,10 @@ __device__ __forceinline__ float k_scale(const GatheredAttention& p) {
 }
 
 /// Stores the outputs and states of the block's rows, from first_row to last_row. `factors`: a number of each row.
-template <class T, int M>
+template <class T, class L>
 __device__ __forceinline__ void store_results(const GatheredAttention& p, const Destination& to, const Unit& unit,
                                               int first_row, int last_row, const RowState& state,
-                                              const Outputs<T, M>& outputs, float* factors) {
-  using L = Layout<M>;
+                                              const Outputs<T, L>& outputs, float* factors) {
   const int own_row = threadIdx.x / L::kLanes;
   const bool whole = to.parts.count == 1;
   const std::int64_t first_part_row = blockIdx.y * to.parts.rows + unit.number * p.rows() + first_row;

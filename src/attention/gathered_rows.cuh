@@ -7,9 +7,6 @@
 // The rows of keys that a block of threads works on, found in the lists tile by tile.
 namespace dsm::attention {
 
-inline constexpr int kThreads = 256;
-inline constexpr int kWarps = kThreads / cuda::kWarpSize;
-
 #ifdef __CUDACC__
 
 /// The thread's number, asked for anew: what follows from it is not kept in registers meanwhile.
@@ -49,7 +46,7 @@ class TileRows {
     found.scales[key] = exists ? row.scales : nowhere();
     const std::uint32_t valid = __ballot_sync(cuda::kAllLanes, exists);
     if (key == 0) found.valid = valid;
-    next_ += kWarps;
+    next_ += static_cast<int>(blockDim.x) / cuda::kWarpSize;
     fetched_ = unit_.fetch(p_, next_, key);
   }
 

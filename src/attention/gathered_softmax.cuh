@@ -19,9 +19,8 @@ template <class T>
 inline constexpr float kWeightUnit = std::is_same_v<T, float16> ? 0x1p7f : 1.f;
 
 /// A thread's keys are in runs of neighbours: run r of the lane-th thread of a row begins with first_key(lane, r).
-template <int M>
+template <class L>
 struct Keys {
-  using L = Layout<M>;
   static constexpr int kRun = L::kKeysOfLane < 4 ? L::kKeysOfLane : 4, kRuns = L::kKeysOfLane / kRun;
 
   static __device__ int first_key(int run) { return run * (L::kLanes * kRun) + threadIdx.x % L::kLanes * kRun; }
@@ -29,19 +28,18 @@ struct Keys {
 
 /// The thread's scores, times `scale`, of row threadIdx.x / kLanes of the block. −inf where there is no key (bit i of
 /// `valid` says whether key i exists) or from `seen` on.
-template <int M>
+template <class L>
 __device__ __forceinline__ void read_scores(const float* scores, std::uint32_t valid, int seen, float scale,
-                                            float (&s)[Layout<M>::kKeysOfLane]) {
-  using L = Layout<M>;
-  constexpr int kRun = Keys<M>::kRun;
+                                            float (&s)[L::kKeysOfLane]) {
+  constexpr int kRun = Keys<L>::kRun;
   const int row = threadIdx.x / L::kLanes;
   if (seen < kTileKeys) valid &= (1u << max(seen, 0)) - 1;
 #pragma unroll
-  for (int run = 0; run < Keys<M>::kRuns; ++run) {
-    const int first = Keys<M>::first_key(run);
+  for (int run = 0; run < Keys<L>::kRuns; ++run) {
+    const int first = Keys<L>::first_key(run);
     cuda::Pack<float, kRun> sum{};
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < L::kWarps; ++warp) {
       const auto part = cuda::load_pack<kRun>(scores + warp * L::kRows * kTileKeys + score_at(row, first));
 #pragma unroll
       for (int j = 0; j < kRun; ++j) sum.at[j] += part.at[j];
@@ -68,11 +66,11 @@ struct RowState {
 
 /// Continues the softmax of the thread's row with its scores, and stores their weights; what is to be done with earlier
 /// sums.
-template <class T, int M, bool kScaled>
-__device__ __forceinline__ float weigh(const float (&s)[Layout<M>::kKeysOfLane], const float* scales, RowState& state,
+template <class T, class L, bool kScaled>
+__device__ __forceinline__ float weigh(const float (&s)[L::kKeysOfLane], const float* scales, RowState& state,
                                        T* weights) {
-  using L = Layout<M>;
-  constexpr int kKeys = L::kKeysOfLane, kRun = Keys<M>::kRun;
+  constexpr int kTerms = L::kTerms;
+  constexpr int kKeys = L::kKeysOfLane, kRun = Keys<L>::kRun;
   const int row = threadIdx.x / L::kLanes;
   float most = s[0];
 #pragma unroll
@@ -97,9 +95,9 @@ __device__ __forceinline__ float weigh(const float (&s)[Layout<M>::kKeysOfLane],
 #pragma unroll
   for (int group = 0; group < (kScaled ? kScaleGroups : 1); ++group) {
 #pragma unroll
-    for (int run = 0; run < Keys<M>::kRuns; ++run) {
-      const int first = Keys<M>::first_key(run);
-      cuda::Pack<std::uint32_t, kRun / 2> terms[L::kTerms];
+    for (int run = 0; run < Keys<L>::kRuns; ++run) {
+      const int first = Keys<L>::first_key(run);
+      cuda::Pack<std::uint32_t, kRun / 2> terms[kTerms];
 #pragma unroll
       for (int j = 0; j < kRun; j += 2) {
         float x = p[run * kRun + j] * kWeightUnit<T>, y = p[run * kRun + j + 1] * kWeightUnit<T>;
@@ -114,10 +112,10 @@ __device__ __forceinline__ float weigh(const float (&s)[Layout<M>::kKeysOfLane],
           x -= rounded.x, y -= rounded.y;
         }
       }
-      T* const to = weights + group * L::kWeightsOfGroup + row * kWeightStride + first;
+      T* const to = weights + group * kTerms * L::kWeights + row * kWeightStride + first;
 #pragma unroll
-      for (int term = 0; term < L::kTerms; ++term)
-        cuda::store_pack(reinterpret_cast<std::uint32_t*>(to + term * L::kRows * kWeightStride), terms[term]);
+      for (int term = 0; term < kTerms; ++term)
+        cuda::store_pack(reinterpret_cast<std::uint32_t*>(to + term * L::kWeights), terms[term]);
     }
   }
   return rescale;

@@ -101,6 +101,7 @@ std::size_t mla_decode_workspace(const MlaDecodeArgs& a) {
                                  .keys = a.block_table.size(1) * a.k_cache.size(1),
                                  .d_v = a.out.size(3),
                                  .dtype = a.q.dtype,
+                                 .codes = a.k_cache.dtype != a.q.dtype,
                                  .batch_invariant = a.batch_invariant}
       .workspace_bytes();
 }

@@ -86,13 +86,15 @@ std::size_t sparse_mla_decode_workspace(const SparseMlaDecodeArgs& a) {
 #if DSM_WITH_CUDA
   if (decode.allows("sm90") && sparse_mla_decode_sm90_refusal(a).empty()) return sparse_mla_decode_sm90_workspace(a);
 #endif
-  return attention::GatheredWork{.requests = a.q.size(0),
-                                 .units = a.q.size(0) * a.q.size(1),
-                                 .rows = a.q.size(2),
-                                 .keys = a.indices.size(2) + (a.extra_indices ? a.extra_indices.size(2) : 0),
-                                 .d_v = a.out.size(3),
-                                 .dtype = a.q.dtype,
-                                 .batch_invariant = a.batch_invariant}
+  return attention::GatheredWork{
+      .requests = a.q.size(0),
+      .units = a.q.size(0) * a.q.size(1),
+      .rows = a.q.size(2),
+      .keys = a.indices.size(2) + (a.extra_indices ? a.extra_indices.size(2) : 0),
+      .d_v = a.out.size(3),
+      .dtype = a.q.dtype,
+      .codes = a.k_cache.dtype != a.q.dtype || (a.extra_k_cache && a.extra_k_cache.dtype != a.q.dtype),
+      .batch_invariant = a.batch_invariant}
       .workspace_bytes();
 }
 
