@@ -31,8 +31,8 @@ ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10
 # Accumulation: float64 and float32 as promised (1e-5 for float32); half types accumulate in float32.
 ACCUMULATION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 # CUDA's attention in half types multiplies probabilities that are rounded to them (the portable one where query rows
-# are many), each off by up to half a unit in the last place. These errors are independent: of many keys they average
-# out, of few they stay below one spacing at the largest result.
+# are many or caches quantised), each off by up to half a unit in the last place. These errors are independent: of many
+# keys they average out, of few they stay below one spacing at the largest result.
 ROUNDED_TERMS = 1.0
 # Hopper's also takes rows of FP8 caches rounded to bfloat16, where scales are no powers of two: each value is off by up
 # to half a unit in the last place, 2^-9, and so may be a score, which of few keys is the log-sum-exp.

@@ -2,22 +2,22 @@
 // For 16-bit queries: products of 16-bit elements with sums in float32.
 //
 // A block has 16 · M query rows, M = 1 or 4, and walks over tiles of 32 keys. Of queries, keys and outputs a warp has
-// 64 columns (and 16 of those that are not values): it copies its columns of the keys up to two tiles ahead, makes
-// 16-bit elements of codes, and multiplies them, all by itself. The warps' parts of the scores meet in shared memory,
-// where the online softmax adds them up; before and after it, and only there, warps wait for each other. Weights of few
-// rows are used as sums of two 16-bit numbers, so that the result's own rounding is all that shows: 1.7e-3 rms in
-// bfloat16. Those of many rows are one, as on Hopper: 2.0e-3.
+// 64 columns, of codes and few rows 128 (and 16 of those that are not values): it copies its columns of the keys up to
+// two tiles ahead, makes 16-bit elements of codes, and multiplies them, all by itself. The warps' parts of the scores
+// meet in shared memory, where the online softmax adds them up; before and after it, and only there, warps wait for
+// each other. Weights of few rows are used as sums of two 16-bit numbers where keys are no codes, so that the result's
+// own rounding is all that shows: 1.7e-3 rms in bfloat16. Others are one number, as on Hopper: 2.0e-3.
 //
-// Elements of T are bound by memory with few rows. Codes are bound by latency and instructions: about 700 a warp and
-// tile, of which conversion is a third, come from 16 warps on a processor, as many as their registers allow; one can
-// issue in 45 % of cycles, and shared memory is busy in 55-59 %. Many rows are bound by latency, too, with 8 warps.
-// H200, part of the same run's copy bandwidth (4.26 TB/s), 1 | 16 | 64 heads: sparse, batch 128, topk 2048, bfloat16
-// 75 | 72 | 36 %, V3.2 FP8 35 | 34 | 16 %, NVFP4 20 | 20 | 11 %, V4 FP8 37 | 36 | 17 %, V4.1 FP8 31 | 30 | 16 %; dense,
-// batch 64, 16384 keys, bfloat16 90 | 88 | 37 %, FP8 38 | 38 | 17 %; prefill, 512 queries, topk 2048, 16 | 128 heads:
-// 127 | 183 TFLOPS. From sm_80's code, without conversion instructions, codes take 4-17 % longer.
-#include <algorithm>
+// Elements of T are bound by memory with few rows. Codes are bound by latency and instructions: 1050 (V3.2 FP8) or 1150
+// (NVFP4) a warp and tile, of which conversion is a quarter or two fifths, come from 12 warps on a processor, as many
+// as their registers allow; one can issue in 38-43 % of cycles. Sixteen warps with 64 columns each have a third more
+// instructions and take 10-16 % longer. Many rows are bound by latency, too, with 8 warps.
+// H200, part of the same run's copy bandwidth (4.24 TB/s), 16 heads: sparse, batch 128, topk 2048, bfloat16 72 %, V3.2
+// FP8 40 %, NVFP4 22 %, V4 FP8 41 %, V4.1 FP8 36 %; dense, batch 64, 16384 keys, bfloat16 87 %, FP8 46 %. 64 heads:
+// bfloat16 36 % and 37 %, codes 11-17 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 127 | 183 TFLOPS.
 #include <new>
 
+#include "src/attention/gathered_memory.cuh"
 #include "src/attention/gathered_results.cuh"
 #include "src/cuda/launch/launch.h"
 
@@ -25,55 +25,6 @@ namespace dsm::attention {
 namespace {
 
 extern __shared__ __align__(128) std::uint8_t shared_memory[];
-
-/// Dynamic shared memory: stages; the warps' columns of a tile as 16-bit elements, unless the stages are; scores;
-/// weights; queries of many rows.
-struct Memory {
-  Stage stage;
-  int stages, tiles_at, scores_at, weights_at, queries_at, bytes;
-};
-
-bool scaled(const GatheredAttention& p) {
-  return p.pools[0].format == RowFormat::v32_fp8 || (p.pool_count > 1 && p.pools[1].format == RowFormat::v32_fp8);
-}
-
-/// Elements of few rows leave warps room for two slices, which halves what does not depend on the columns. Plain ones
-/// rather have more warps.
-template <int M, bool kPlain>
-using LayoutOf = Layout<M, M == 1 && !kPlain ? 2 : 1>;
-/// Blocks that are to run on a processor at the same time.
-template <int M, bool kPlain>
-inline constexpr int kBlocks = M > 1    ? 1
-                               : kPlain ? 2
-                                        : 3;
-
-/// Bytes of a key in a slice, of the format that has most of them; 0: all are elements.
-int code_bytes(const GatheredAttention& p) {
-  bool plain = true;
-  int most = 0;
-  for (int i = 0; i < p.pool_count; ++i) {
-    const RowFormat format = p.pools[i].format;
-    const bool elements = format == RowFormat::plain;
-    const bool fp4 = format == RowFormat::v32_nvfp4 || format == RowFormat::v41_fp4;
-    plain = plain && elements;
-    most = std::max(most, kMainBytes / (elements ? 1 : fp4 ? 4 : 2));
-  }
-  return plain ? 0 : most;
-}
-
-template <class L>
-Memory memory_of(const GatheredAttention& p, int stages) {
-  Memory memory{};
-  memory.stage.code_bytes = code_bytes(p);
-  const bool plain = memory.stage.code_bytes == 0;
-  memory.stages = stages;
-  memory.tiles_at = stages * memory.stage.bytes();
-  memory.scores_at = memory.tiles_at + (plain ? 0 : kSlices * kSliceBytes);
-  memory.weights_at = memory.scores_at + L::kScoreBytes;
-  memory.queries_at = memory.weights_at + L::kTerms * L::kWeights * 2 * (scaled(p) ? kScaleGroups : 1);
-  memory.bytes = memory.queries_at + L::kQueryBytes;
-  return memory;
-}
 
 /// kPlain: rows are T's. kScaled: some are codes of v32_fp8, whose scales the scores and the weights take in.
 template <class T, int M, bool kPlain, bool kScaled>
@@ -268,20 +219,6 @@ void start_rows(const char* operation, const GatheredAttention& p, const Memory&
     start<bfloat16, M, true, false>(operation, p, memory, launch);
   else
     (scaled(p) ? start<bfloat16, M, false, true> : start<bfloat16, M, false, false>)(operation, p, memory, launch);
-}
-
-/// In as many blocks on a processor; beside what kernels declare themselves, less 1 KB that the limit has for them.
-bool fits(const Memory& memory, int blocks = 1) {
-  constexpr std::size_t kOwn = 3 * 1024;
-  return (static_cast<std::size_t>(memory.bytes) + kOwn) * blocks <= cuda::shared_bytes_limit("attention");
-}
-
-/// Two stages, or one of codes where two would leave room for fewer blocks.
-template <int M>
-Memory best_memory(const GatheredAttention& p) {
-  if (code_bytes(p) == 0) return memory_of<LayoutOf<M, true>>(p, 2);
-  const Memory memory = memory_of<LayoutOf<M, false>>(p, 2);
-  return fits(memory, kBlocks<M, false>) ? memory : memory_of<LayoutOf<M, false>>(p, 1);
 }
 
 }  // namespace
