@@ -40,6 +40,18 @@ struct Stage {
   __host__ __device__ int bytes() const { return scales_at() + (code_bytes == 0 ? 0 : kSlices * kTileKeys * 4); }
 };
 
+/// What a kernel knows of the rows it meets: their format, or that they have any but not all the same one. kScaled: some
+/// may be of v32_fp8, whose scales the products take in.
+template <RowFormat kFormat>
+struct OneFormat {
+  static constexpr bool kKnown = true, kPlain = kFormat == RowFormat::plain, kScaled = kFormat == RowFormat::v32_fp8;
+  static constexpr RowFormat kOnly = kFormat;
+};
+template <bool kWithV32>
+struct AnyFormat {
+  static constexpr bool kKnown = false, kPlain = false, kScaled = kWithV32;
+};
+
 #ifdef __CUDACC__
 
 /// Where a slice, and the last columns of the warp with as high a number, are in the rows of a pool.
@@ -51,7 +63,7 @@ struct ColumnBytes {
   bool scales_apart;
 };
 
-__device__ inline ColumnBytes column_bytes(RowFormat format, int d_qk, int slice) {
+__device__ __forceinline__ ColumnBytes column_bytes(RowFormat format, int d_qk, int slice) {
   constexpr int kWhole = INT32_MAX;
   const int column = slice * kSlice, tail = kMostValues + slice * kTailOfWarp, some = slice < kTailWarps;
   ColumnBytes found{};
@@ -83,6 +95,12 @@ __device__ inline ColumnBytes column_bytes(RowFormat format, int d_qk, int slice
   return found;
 }
 
+/// Of a warp's slices and last columns.
+template <int kOwn>
+struct ColumnsOfWarp {
+  ColumnBytes slices[kOwn], end;
+};
+
 /// A warp's columns of one tile in a stage: kOwn slices.
 template <int kOwn>
 struct StageColumns {
@@ -98,13 +116,13 @@ struct StageColumns {
 
   __device__ const std::uint8_t* codes(int slice) const { return main + slice * slice_bytes; }
   /// Of a key's scales, those in a slice; slices with the same ones have them once.
-  __device__ const std::uint32_t* scales_of(const ColumnBytes* columns, int slice) const {
-    return scales + (columns[slice].scales == columns[0].scales ? 0 : slice * kTileKeys);
+  __device__ const std::uint32_t* scales_of(const ColumnsOfWarp<kOwn>& columns, int slice) const {
+    return scales + (columns.slices[slice].scales == columns.slices[0].scales ? 0 : slice * kTileKeys);
   }
 
-  /// Begins to copy the slices (`columns`) and the last columns (`end`) of a tile's rows; keys that do not exist become
-  /// zeros.
-  __device__ void copy(const ColumnBytes* columns, const ColumnBytes& end, const TileRows::Tile& rows) const {
+  /// Begins to copy the columns of a tile's rows; keys that do not exist become zeros.
+  __device__ void copy(const ColumnsOfWarp<kOwn>& columns, const TileRows::Tile& rows) const {
+    const auto& [slices, end] = columns;
     const int lane = threadIdx.x % cuda::kWarpSize;
     const std::uint32_t valid = rows.valid;
     // kPieces of each row from byte `first` on, neighbouring lanes neighbouring ones, to to_of(key, piece); and as many
@@ -129,7 +147,7 @@ struct StageColumns {
     };
     const auto copy_slices = [&]<int kTogether>(int slice) {
       const std::uint32_t to = cuda::shared_address(codes(slice));
-      const ColumnBytes& own = columns[slice];
+      const ColumnBytes& own = slices[slice];
       if (own.pieces == 8)
         copy_pieces.template operator()<8, kTogether>(own.first,
                                                       [&](int key, int piece) { return to + main_at(key, piece); });
@@ -140,10 +158,10 @@ struct StageColumns {
         copy_pieces.template operator()<2, kTogether>(own.first,
                                                       [&](int key, int piece) { return to + (key * 2 + piece) * 16; });
     };
-    if (columns[0].pieces == columns[kOwn - 1].pieces) {
+    if (slices[0].pieces == slices[kOwn - 1].pieces) {
       copy_slices.template operator()<kOwn>(0);
     } else {
-#pragma unroll 1
+#pragma unroll
       for (int slice = 0; slice < kOwn; ++slice) copy_slices.template operator()<1>(slice);
     }
     const std::uint32_t tail_to = cuda::shared_address(tail);
@@ -152,12 +170,12 @@ struct StageColumns {
                                          [&](int key, int piece) { return tail_to + tail_at(key, piece); });
     else if (end.tail_pieces == 1)
       copy_pieces.template operator()<1>(end.tail_first, [&](int key, int) { return tail_to + key * kTailBytes; });
-    if (columns[0].scales < 0) return;
+    if (slices[0].scales < 0) return;
     const std::uint8_t* const row = end.scales_apart ? rows.scales[lane] : rows.data[lane];
 #pragma unroll
     for (int slice = 0; slice < kOwn; ++slice) {
-      if (slice > 0 && columns[slice].scales == columns[0].scales) continue;
-      cuda::copy_async<4>(cuda::shared_address(scales + slice * kTileKeys + lane), row + columns[slice].scales,
+      if (slice > 0 && slices[slice].scales == slices[0].scales) continue;
+      cuda::copy_async<4>(cuda::shared_address(scales + slice * kTileKeys + lane), row + slices[slice].scales,
                           valid >> lane & 1 ? 4 : 0);
     }
   }
@@ -179,13 +197,12 @@ struct KeyPieces {
 
 /// Calls use(group, pieces) for the four groups of 8 keys of one of the warp's slices in a stage.
 template <class T, int kOwn, class Use>
-__device__ __forceinline__ void convert_slice(RowFormat format, const ColumnBytes* columns_of_slices,
+__device__ __forceinline__ void convert_slice(RowFormat format, const ColumnsOfWarp<kOwn>& columns,
                                               const StageColumns<kOwn>& stage, int slice, const Use& use) {
   const int lane = threadIdx.x % cuda::kWarpSize, quarter = lane % 4;
   const int nth = threadIdx.x / cuda::kWarpSize * kOwn + slice;
-  const ColumnBytes& columns = columns_of_slices[slice];
   const std::uint8_t* const codes = stage.codes(slice);
-  const std::uint32_t* const scales = stage.scales_of(columns_of_slices, slice);
+  const std::uint32_t* const scales = stage.scales_of(columns, slice);
   // What is loaded of all groups comes before the first conversion, so that it is waited for together.
   const auto of_groups = [&](const auto& load, const auto& converted) {
     constexpr int kGroups = kTileKeys / 8;
@@ -195,7 +212,7 @@ __device__ __forceinline__ void convert_slice(RowFormat format, const ColumnByte
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) use(group, converted(loaded[group]));
   };
-  if (columns.pieces == 8) {
+  if (columns.slices[slice].pieces == 8) {
 #pragma unroll
     for (int group = 0; group < kTileKeys / 8; ++group) {
       const auto piece = [&](int j) {
@@ -244,8 +261,8 @@ __device__ __forceinline__ void convert_slice(RowFormat format, const ColumnByte
 
 /// Makes T's of the codes at the end of rows.
 template <class T, int kOwn>
-__device__ __forceinline__ void convert_tail(const ColumnBytes& end, const StageColumns<kOwn>& stage) {
-  if (end.tail_pieces != 1) return;
+__device__ __forceinline__ void convert_tail(const ColumnsOfWarp<kOwn>& columns, const StageColumns<kOwn>& stage) {
+  if (columns.end.tail_pieces != 1) return;
   const int lane = threadIdx.x % cuda::kWarpSize;
   const uint4 codes = *reinterpret_cast<const uint4*>(stage.tail + lane * kTailBytes);
   *reinterpret_cast<uint4*>(stage.tail + tail_at(lane, 0)) = e4m3_chunk<T>({codes.x, codes.y});

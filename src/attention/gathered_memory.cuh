@@ -27,9 +27,7 @@ template <int M, bool kPlain>
 using LayoutOf = Layout<M, M == 1 && !kPlain ? 2 : 1>;
 /// Blocks that are to run on a processor at the same time.
 template <int M, bool kPlain>
-inline constexpr int kBlocks = M > 1    ? 1
-                               : kPlain ? 2
-                                        : 3;
+inline constexpr int kBlocks = M > 1 ? 1 : (kPlain ? 2 : 3);
 
 /// Bytes of a key in a slice, of the format that has most of them; 0: all are elements.
 inline int code_bytes(const GatheredAttention& p) {

@@ -26,15 +26,15 @@ namespace {
 
 extern __shared__ __align__(128) std::uint8_t shared_memory[];
 
-/// kPlain: rows are T's. kScaled: some are codes of v32_fp8, whose scales the scores and the weights take in.
-template <class T, int M, bool kPlain, bool kScaled>
-__global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPlain>)
+template <class T, int M, class Formats>
+__global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads, kBlocks<M, Formats::kPlain>)
     attend_gathered_mma_cuda_kernel(const __grid_constant__ GatheredAttention p, Destination to, Memory memory,
                                     int row_blocks) {
+  constexpr bool kPlain = Formats::kPlain, kScaled = Formats::kScaled;
   using L = LayoutOf<M, kPlain>;
   constexpr int kOwn = L::kOwnSlices;
   __shared__ TileRows::Storage rows_storage;
-  __shared__ ColumnBytes columns_of_pools[2][kSlices];
+  __shared__ ColumnBytes columns_of_pools[2][Formats::kKnown ? 1 : kSlices];
   __shared__ float group_scales[kScaled ? kScaleGroups * kTileKeys : 1], factors[L::kRows];
   __shared__ alignas(Unit) unsigned char unit_memory[sizeof(Unit)];  // registers are scarce
   float* const scores = reinterpret_cast<float*>(shared_memory + memory.scores_at);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPla
   const int first_row = blockIdx.x % row_blocks * L::kRows;
   const auto last_row = [&] { return static_cast<int>(min(std::int64_t{first_row} + L::kRows, p.rows()) - 1); };
   if (threadIdx.x == 0) new (unit_memory) Unit(p, blockIdx.x / row_blocks, last_row());
-  if (threadIdx.x < 2 * kSlices)
+  if (!Formats::kKnown && threadIdx.x < 2 * kSlices)
     columns_of_pools[threadIdx.x / kSlices][threadIdx.x % kSlices] =
         column_bytes(p.pools[threadIdx.x / kSlices].format, static_cast<int>(p.d_qk), threadIdx.x % kSlices);
   __syncthreads();
@@ -58,11 +58,27 @@ __global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPla
   const auto stage_of = [&](int t) {
     return StageColumns<kOwn>(shared_memory + (stages == 2 ? t % 2 * layout.bytes() : 0), layout, warp);
   };
+  const auto format_of = [&](int t) {
+    if constexpr (Formats::kKnown)
+      return Formats::kOnly;
+    else
+      return p.pools[unit.pool_of(t)].format;
+  };
+  const auto columns_of = [&](int t) {
+    const auto number = [&](int nth) {
+      if constexpr (Formats::kKnown)
+        return column_bytes(Formats::kOnly, static_cast<int>(p.d_qk), nth);
+      else
+        return columns_of_pools[unit.pool_of(t)][nth];
+    };
+    ColumnsOfWarp<kOwn> columns;
+#pragma unroll
+    for (int slice = 0; slice < kOwn; ++slice) columns.slices[slice] = number(warp * kOwn + slice);
+    columns.end = number(warp);
+    return columns;
+  };
   const auto copy = [&](int t) {
-    if (t < end) {
-      const ColumnBytes* const columns = columns_of_pools[unit.pool_of(t)];
-      stage_of(t).copy(columns + warp * kOwn, columns[warp], rows.of(t));
-    }
+    if (t < end) stage_of(t).copy(columns_of(t), rows.of(t));
     cuda::end_copy_group();
   };
   for (int t = begin; t < begin + 3; ++t) rows.find(t);
@@ -77,10 +93,8 @@ __global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPla
     const StageColumns<kOwn> stage = stage_of(t);
     std::uint8_t* const tile = kPlain ? stage.main : shared_memory + memory.tiles_at + warp * kOwn * kSliceBytes;
     {
-      const int pool = unit.pool_of(t);
-      const ColumnBytes* const columns = columns_of_pools[pool] + warp * kOwn;
-      const ColumnBytes& end_columns = columns_of_pools[pool][warp];
-      const RowFormat format = p.pools[pool].format;
+      const ColumnsOfWarp<kOwn> columns = columns_of(t);
+      const RowFormat format = format_of(t);
       const bool of_codes = kScaled && format == RowFormat::v32_fp8;
       if (stages == 1)
         cuda::await_copy_groups<0>();
@@ -95,7 +109,7 @@ __global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPla
             keys.store(tile + slice * kSliceBytes, group);
             if constexpr (kTurned) products.add(queries, slice, group, keys);
           });
-        convert_tail<T>(end_columns, stage);
+        convert_tail<T>(columns, stage);
         __syncwarp();
       }
       if constexpr (!kTurned) {
@@ -108,7 +122,7 @@ __global__ void __launch_bounds__(LayoutOf<M, kPlain>::kThreads, kBlocks<M, kPla
         if (warp % kWarpsOfGroup == 0)
           group_scales[warp / kWarpsOfGroup * kTileKeys + lane] = of_codes ? __uint_as_float(stage.scales[lane]) : 1.f;
       }
-      if (end_columns.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
+      if (columns.end.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
       products.store(scores);
       if constexpr (!kPlain) {
         __syncwarp();
@@ -170,7 +184,7 @@ __global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
     __syncthreads();
     const StageColumns<1> stage(shared_memory, memory.stage, warp);
     const ColumnBytes columns = column_bytes(RowFormat::plain, static_cast<int>(p.d_qk), warp);
-    stage.copy(&columns, columns, rows.of(t));
+    stage.copy(ColumnsOfWarp<1>{{columns}, columns}, rows.of(t));
     cuda::end_copy_group();
     cuda::await_copy_groups<0>();
     __syncwarp();
@@ -199,10 +213,10 @@ __global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
     *pointer<float>(p.key_probs, unit.number * p.pools[0].listed + key) = sum;
 }
 
-template <class T, int M, bool kPlain, bool kScaled>
+template <class T, int M, class Formats>
 void start(const char* operation, const GatheredAttention& p, const Memory& memory, const Launch& launch) {
-  using L = LayoutOf<M, kPlain>;
-  const auto kernel = attend_gathered_mma_cuda_kernel<T, M, kPlain, kScaled>;
+  using L = LayoutOf<M, Formats::kPlain>;
+  const auto kernel = attend_gathered_mma_cuda_kernel<T, M, Formats>;
   const auto row_blocks = static_cast<int>(cuda::ceil_div<std::int64_t>(p.rows(), L::kRows));
   const Destination to = destination(p, launch);
   cuda::allow_shared_bytes(operation, kernel, memory.bytes);
@@ -210,15 +224,35 @@ void start(const char* operation, const GatheredAttention& p, const Memory& memo
                dim3(L::kThreads), memory.bytes, launch, p, to, memory, row_blocks);
 }
 
+/// Of the formats that few rows have kernels for, that of all keys; otherwise of any.
 template <int M>
 void start_rows(const char* operation, const GatheredAttention& p, const Memory& memory, const Launch& launch) {
+  const auto run = [&]<class T, class Formats>() { start<T, M, Formats>(operation, p, memory, launch); };
+  using Plain = OneFormat<RowFormat::plain>;
   const bool plain = memory.stage.code_bytes == 0;
   if (p.dtype == DType::float16)
-    (plain ? start<float16, M, true, false> : start<float16, M, false, false>)(operation, p, memory, launch);
-  else if (plain)
-    start<bfloat16, M, true, false>(operation, p, memory, launch);
-  else
-    (scaled(p) ? start<bfloat16, M, false, true> : start<bfloat16, M, false, false>)(operation, p, memory, launch);
+    return plain ? run.template operator()<float16, Plain>() : run.template operator()<float16, AnyFormat<false>>();
+  if (plain) return run.template operator()<bfloat16, Plain>();
+  if constexpr (M == 1) {
+    const RowFormat format = p.pools[0].format;
+    const bool one = p.pool_count == 1 || p.pools[1].format == format;
+    switch (one ? format : RowFormat::plain) {
+      case RowFormat::e4m3:
+        return run.template operator()<bfloat16, OneFormat<RowFormat::e4m3>>();
+      case RowFormat::v32_fp8:
+        return run.template operator()<bfloat16, OneFormat<RowFormat::v32_fp8>>();
+      case RowFormat::v32_nvfp4:
+        return run.template operator()<bfloat16, OneFormat<RowFormat::v32_nvfp4>>();
+      case RowFormat::v4_fp8:
+        return run.template operator()<bfloat16, OneFormat<RowFormat::v4_fp8>>();
+      case RowFormat::v41_fp8:
+        return run.template operator()<bfloat16, OneFormat<RowFormat::v41_fp8>>();
+      default:
+        break;
+    }
+  }
+  scaled(p) ? run.template operator()<bfloat16, AnyFormat<true>>()
+            : run.template operator()<bfloat16, AnyFormat<false>>();
 }
 
 }  // namespace
