@@ -21,6 +21,13 @@ inline constexpr int kTailWarps = 4, kTailOfWarp = (kMostColumns - kMostValues) 
 inline constexpr int kMainBytes = kSlice * 2, kTailBytes = kTailOfWarp * 2;
 
 DSM_HD_INLINE constexpr int main_at(int key, int piece) { return key * kMainBytes + (piece ^ key % 8) * 16; }
+/// Codes of a key in kTogether slices with kPieces each: read, 8 or 16 bytes by a lane, in the order of keys and
+/// slices.
+template <int kPieces, int kTogether>
+DSM_HD_INLINE constexpr int code_at(int key, int piece) {
+  const int turned = kTogether == 1 ? 0 : kPieces == 4 ? key % 2 * 4 : key / 2 % 2 * 2;
+  return (key * kPieces * kTogether + (piece ^ turned)) * 16;
+}
 inline constexpr int kSliceBytes = kTileKeys * kMainBytes;  // of a tile
 DSM_HD_INLINE constexpr int tail_at(int key, int piece) { return key * kTailBytes + (piece ^ key / 4 % 2) * 16; }
 
@@ -40,8 +47,8 @@ struct Stage {
   __host__ __device__ int bytes() const { return scales_at() + (code_bytes == 0 ? 0 : kSlices * kTileKeys * 4); }
 };
 
-/// What a kernel knows of the rows it meets: their format, or that they have any but not all the same one. kScaled: some
-/// may be of v32_fp8, whose scales the products take in.
+/// What a kernel knows of the rows it meets: their format, or that they have any but not all the same one. kScaled:
+/// some may be of v32_fp8, whose scales the products take in.
 template <RowFormat kFormat>
 struct OneFormat {
   static constexpr bool kKnown = true, kPlain = kFormat == RowFormat::plain, kScaled = kFormat == RowFormat::v32_fp8;
@@ -99,6 +106,8 @@ __device__ __forceinline__ ColumnBytes column_bytes(RowFormat format, int d_qk, 
 template <int kOwn>
 struct ColumnsOfWarp {
   ColumnBytes slices[kOwn], end;
+
+  __device__ bool alike() const { return slices[0].pieces == slices[kOwn - 1].pieces; }
 };
 
 /// A warp's columns of one tile in a stage: kOwn slices.
@@ -114,7 +123,14 @@ struct StageColumns {
         scales(reinterpret_cast<std::uint32_t*>(stage + layout.scales_at()) + warp * kOwn * kTileKeys),
         slice_bytes(layout.main_bytes()) {}
 
-  __device__ const std::uint8_t* codes(int slice) const { return main + slice * slice_bytes; }
+  /// Elements as they are, of a slice.
+  __device__ std::uint8_t* elements(int slice) const { return main + slice * slice_bytes; }
+  /// A piece of a key's codes in a slice that has kPieces. Slices of as many lie in one run, as in memory.
+  template <int kPieces>
+  __device__ std::uint8_t* codes(const ColumnsOfWarp<kOwn>& columns, int slice, int key, int piece) const {
+    return columns.alike() ? main + code_at<kPieces, kOwn>(key, slice * kPieces + piece)
+                           : elements(slice) + code_at<kPieces, 1>(key, piece);
+  }
   /// Of a key's scales, those in a slice; slices with the same ones have them once.
   __device__ const std::uint32_t* scales_of(const ColumnsOfWarp<kOwn>& columns, int slice) const {
     return scales + (columns.slices[slice].scales == columns.slices[0].scales ? 0 : slice * kTileKeys);
@@ -125,44 +141,41 @@ struct StageColumns {
     const auto& [slices, end] = columns;
     const int lane = threadIdx.x % cuda::kWarpSize;
     const std::uint32_t valid = rows.valid;
-    // kPieces of each row from byte `first` on, neighbouring lanes neighbouring ones, to to_of(key, piece); and as many
-    // of the next slices, which follow in memory, too.
-    const auto copy_pieces = [&]<int kPieces, int kTogether = 1>(int first, const auto& to_of) {
+    // kPieces of each row from byte `first` on, neighbouring lanes neighbouring ones, to to_of(key, piece).
+    const auto copy_pieces = [&]<int kPieces>(int first, const auto& to_of) {
       constexpr int kKeys = cuda::kWarpSize / kPieces, kAtOnce = kPieces < 4 ? kPieces : 4;  // registers are scarce
       const int key = lane / kPieces, piece = lane % kPieces, at = first + piece * 16;
+      const int most = at < end.limit ? 16 : 0;
 #pragma unroll
       for (int begin = 0; begin < kPieces; begin += kAtOnce) {
         const std::uint8_t* data[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) data[i] = rows.data[(begin + i) * kKeys + key] + at;
+        for (int i = 0; i < kAtOnce; ++i) data[i] = rows.data[(begin + i) * kKeys + key];
 #pragma unroll
-        for (int next = 0; next < kTogether; ++next) {
-          const int most = at + next * kPieces * 16 < end.limit ? 16 : 0;
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i)
-            cuda::copy_async<16>(to_of((begin + i) * kKeys + key, piece) + next * slice_bytes,
-                                 data[i] + next * kPieces * 16, valid >> (begin + i) * kKeys >> key & 1 ? most : 0);
-        }
+        for (int i = 0; i < kAtOnce; ++i)
+          cuda::copy_async<16>(to_of((begin + i) * kKeys + key, piece), data[i] + at,
+                               valid >> (begin + i) * kKeys >> key & 1 ? most : 0);
       }
     };
-    const auto copy_slices = [&]<int kTogether>(int slice) {
-      const std::uint32_t to = cuda::shared_address(codes(slice));
-      const ColumnBytes& own = slices[slice];
-      if (own.pieces == 8)
-        copy_pieces.template operator()<8, kTogether>(own.first,
-                                                      [&](int key, int piece) { return to + main_at(key, piece); });
-      else if (own.pieces == 4)
-        copy_pieces.template operator()<4, kTogether>(own.first,
-                                                      [&](int key, int piece) { return to + (key * 4 + piece) * 16; });
-      else
-        copy_pieces.template operator()<2, kTogether>(own.first,
-                                                      [&](int key, int piece) { return to + (key * 2 + piece) * 16; });
+    const std::uint32_t to = cuda::shared_address(main);
+    const auto copy_codes = [&]<int kPieces, int kTogether>(int slice) {
+      copy_pieces.template operator()<kPieces * kTogether>(slices[slice].first, [&](int key, int piece) {
+        return to + slice * slice_bytes + code_at<kPieces, kTogether>(key, piece);
+      });
     };
-    if (slices[0].pieces == slices[kOwn - 1].pieces) {
-      copy_slices.template operator()<kOwn>(0);
+    if (columns.alike() && slices[0].pieces == 4) {
+      copy_codes.template operator()<4, kOwn>(0);
+    } else if (columns.alike() && slices[0].pieces == 2) {
+      copy_codes.template operator()<2, kOwn>(0);
     } else {
 #pragma unroll
-      for (int slice = 0; slice < kOwn; ++slice) copy_slices.template operator()<1>(slice);
+      for (int slice = 0; slice < kOwn; ++slice) {
+        if (slices[slice].pieces == 4)
+          copy_codes.template operator()<4, 1>(slice);
+        else
+          copy_pieces.template operator()<8>(
+              slices[slice].first, [&](int key, int piece) { return to + slice * slice_bytes + main_at(key, piece); });
+      }
     }
     const std::uint32_t tail_to = cuda::shared_address(tail);
     if (end.tail_pieces == 2)
@@ -201,7 +214,6 @@ __device__ __forceinline__ void convert_slice(RowFormat format, const ColumnsOfW
                                               const StageColumns<kOwn>& stage, int slice, const Use& use) {
   const int lane = threadIdx.x % cuda::kWarpSize, quarter = lane % 4;
   const int nth = threadIdx.x / cuda::kWarpSize * kOwn + slice;
-  const std::uint8_t* const codes = stage.codes(slice);
   const std::uint32_t* const scales = stage.scales_of(columns, slice);
   // What is loaded of all groups comes before the first conversion, so that it is waited for together.
   const auto of_groups = [&](const auto& load, const auto& converted) {
@@ -216,18 +228,23 @@ __device__ __forceinline__ void convert_slice(RowFormat format, const ColumnsOfW
 #pragma unroll
     for (int group = 0; group < kTileKeys / 8; ++group) {
       const auto piece = [&](int j) {
-        return *reinterpret_cast<const uint4*>(codes + main_at(group * 8 + lane / 4, quarter * 2 + j));
+        return *reinterpret_cast<const uint4*>(stage.elements(slice) + main_at(group * 8 + lane / 4, quarter * 2 + j));
       };
       use(group, KeyPieces<T>{{piece(0), piece(1)}});
     }
     return;
   }
-  const auto e4m3_codes = [&](int key) { return reinterpret_cast<const uint4*>(codes)[key * 4 + quarter]; };
+  const auto e4m3_codes = [&](int key) {
+    return *reinterpret_cast<const uint4*>(stage.template codes<4>(columns, slice, key, quarter));
+  };
   const auto e4m3 = [](uint4 codes) {
     return KeyPieces<T>{{e4m3_chunk<T>({codes.x, codes.y}), e4m3_chunk<T>({codes.z, codes.w})}};
   };
   if constexpr (std::is_same_v<T, bfloat16>) {
-    const auto e2m1_codes = [&](int key) { return reinterpret_cast<const uint2*>(codes)[key * 4 + quarter]; };
+    const auto e2m1_codes = [&](int key) {
+      return *reinterpret_cast<const uint2*>(stage.template codes<2>(columns, slice, key, quarter / 2) +
+                                             quarter % 2 * 8);
+    };
     const auto e2m1 = [](uint2 codes) { return KeyPieces<T>{{e2m1_chunk(codes.x), e2m1_chunk(codes.y)}}; };
     // A lane's columns share a scale.
     const auto scaled = [&]<class Scale>(const auto& load, const auto& converted, int scale_byte) {
