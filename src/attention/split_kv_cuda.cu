@@ -2,7 +2,9 @@
 // Bound by latency where requests have many pieces, by the L2 where many requests have few. One launch after the
 // writing kernel, which lets it start early; then two dependent reads: how many pieces there are, and their states and
 // values. What did not help: sixteen warps of a block, whose sums one warp adds up; going through the code once before
-// the pieces are there, which takes longer than they do.
+// the pieces are there, which takes longer than they do; blocks of 128 threads and 56 registers, one of which stands
+// beside each block of the writing kernel and goes through the code while that computes: all others gather on the
+// multiprocessors that are free first, nine on each (1 to 4 us slower).
 #include <cmath>
 
 #include "src/attention/split_kv.cuh"
@@ -70,6 +72,9 @@ template <int kSteps, int kAtOnce>
 __device__ __forceinline__ Sum<kSteps> add_pieces(const Workspace& from, Pieces pieces, int turn, int turns, int strip,
                                                   int first_step) {
   const int lane = threadIdx.x % cuda::kWarpSize;
+  const float2* states = reinterpret_cast<const float2*>(from.states) + strip * kStripRows + lane / 4;
+  const float4* values =
+      reinterpret_cast<const float4*>(from.values) + strip * kPacks + first_step * cuda::kWarpSize + lane;
   std::int32_t slot = pieces.slot(turn);
   Sum<kSteps> sum;
 #pragma unroll 1
@@ -81,14 +86,17 @@ __device__ __forceinline__ Sum<kSteps> add_pieces(const Workspace& from, Pieces 
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const bool there = k == 0 || i + k * turns < pieces.count;
-      const std::int64_t its_strip = from.first_strip(there && k > 0 ? next + (k - 1) * 2 * turns : slot) + strip;
-      const float2* state = reinterpret_cast<const float2*>(from.states) + its_strip * kStripRows + lane / 4;
-      its[k][0] = state[0], its[k][1] = state[8];
-      if (!there) its[k][0].y = its[k][1].y = 0;
-      const float4* pack =
-          reinterpret_cast<const float4*>(from.values) + its_strip * kPacks + first_step * cuda::kWarpSize + lane;
+      if (kAtOnce > 2 && !there) {  // where there are two, the first one is read again
+        its[k][0] = its[k][1] = {};
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) piece[k][step] = pack[step * cuda::kWarpSize];
+        for (float4& x : piece[k]) x = {};
+        continue;
+      }
+      const std::int64_t strips = from.first_strip(there && k > 0 ? next + (k - 1) * 2 * turns : slot);
+      its[k][0] = states[strips * kStripRows], its[k][1] = states[strips * kStripRows + 8];
+      if (!there) its[k][0].y = its[k][1].y = 0;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) piece[k][step] = values[strips * kPacks + step * cuda::kWarpSize];
     }
     slot = next + (kAtOnce - 1) * 2 * turns;
     float most[2] = {sum.most[0], sum.most[1]};
@@ -164,9 +172,10 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize)
 }
 
 /// Of requests with many pieces: the warps of a block take the pieces of some steps of a strip in turn; then each
-/// step's sums are added up in order by one of them, which has them all in flight.
-template <class T, int kSteps, int kWarps>
-__global__ void __launch_bounds__(kWarps* cuda::kWarpSize, 16 / kWarps)
+/// step's sums are added up in order by one of them, which has them all in flight. With eight or more in flight a block
+/// takes a multiprocessor's registers: the first ones that are free would get two blocks, others none.
+template <class T, int kSteps, int kWarps, int kAtOnce>
+__global__ void __launch_bounds__(kWarps* cuda::kWarpSize, kAtOnce >= 8 ? 1 : 16 / kWarps)
     split_kv_combine_many_cuda_kernel(Workspace from, Results<T> to) {
   __shared__ float4 values[kWarps][kSteps][cuda::kWarpSize];
   __shared__ float4 states[kWarps][cuda::kWarpSize];  // of the lane's two rows
@@ -177,7 +186,7 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize, 16 / kWarps)
   const Pieces pieces = from.pieces[request];
   if (pieces.count <= 1) return;
   {
-    const auto sum = add_pieces<kSteps, kSteps == 1 ? 6 : 3>(from, pieces, warp, kWarps, strip, first_step);
+    const auto sum = add_pieces<kSteps, kAtOnce>(from, pieces, warp, kWarps, strip, first_step);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) values[warp][step][lane] = sum.values[step];
     states[warp][lane] = {sum.most[0], sum.total[0], sum.most[1], sum.total[1]};
@@ -235,19 +244,24 @@ void combine(const char* operation, const Workspace& workspace, std::int64_t gro
     const auto start = [&](auto* kernel, dim3 grid, int warps) {
       cuda::launch_dependent(operation, kernel, grid, dim3(warps * cuda::kWarpSize), 0, launch, workspace, results);
     };
-    const auto many = [&]<int kSteps, int kWarps>() {
-      start(split_kv_combine_many_cuda_kernel<T, kSteps, kWarps>, dim3(kStepsOfStrip / kSteps, workspace.strips, batch),
-            kWarps);
+    const auto many = [&]<int kSteps, int kWarps, int kAtOnce>() {
+      start(split_kv_combine_many_cuda_kernel<T, kSteps, kWarps, kAtOnce>,
+            dim3(kStepsOfStrip / kSteps, workspace.strips, batch), kWarps);
     };
+    const std::int64_t strips = batch * workspace.strips;
     if (pieces <= kMostOfFew)
       start(split_kv_combine_few_cuda_kernel<T>,
             dim3(cuda::ceil_div(workspace.strips * kStepsOfStrip / 4, kWarps), batch), kWarps);
-    else if (batch * workspace.strips <= 2)  // too few blocks otherwise
-      many.template operator()<1, 8>();
+    else if (strips <= 2)  // a block for each multiprocessor, as far as there are enough
+      many.template operator()<1, 8, 16>();
+    else if (strips <= 4)
+      many.template operator()<2, 8, 8>();
+    else if (strips <= 8)
+      many.template operator()<4, 8, 8>();
     else if (pieces <= kMostOfFewWarps)
-      many.template operator()<4, 4>();
+      many.template operator()<4, 4, 4>();
     else
-      many.template operator()<4, 8>();
+      many.template operator()<4, 8, 4>();
   };
   out.dtype == DType::bfloat16 ? run.operator()<bfloat16>() : run.operator()<float16>();
 }
