@@ -87,7 +87,7 @@ struct Params {
   split_kv::Keys keys;
   split_kv::Workspace workspace;
   const std::int32_t* block_table;
-  std::int64_t table_stride;
+  std::int64_t table_stride, table_size;
   std::int32_t page_blocks;  ///< blocks of a page
   std::int32_t rows, s_q, h_q;
   cuda::Divider heads;  ///< h_q
@@ -194,6 +194,13 @@ class Copier {
   int n_ = 0, left_;
   Blocks blocks_;
 };
+
+/// Asks the L2 for the first 4 KB of the table, all of it for few requests, while the parts are found; by a warp.
+__device__ __forceinline__ void ask_for_pages(const Params& params) {
+  constexpr int kLine = 128 / sizeof(std::int32_t);
+  const int at = threadIdx.x % cuda::kWarpSize * kLine;
+  if (at < params.table_size) cuda::prefetch_l2(params.block_table + at);
+}
 
 /// Requests without keys: output 0 and lse +inf, by `threads` threads.
 template <class T>

@@ -18,6 +18,10 @@ enum class L2Hint : std::uint64_t {
   kEvictFirst = 0x12f0000000000000ull,
 };
 
+/// Asks the L2 for a line of 128 bytes.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+}
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
