@@ -4,17 +4,24 @@
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
 // the values, 65 to be written, 37 to arrive, i.e. 2500 to 2800 cycles at 128 bytes each, and the products alone 2048.
-// Measured are 5200 to 5700: one warpgroup makes scores (1000 cycles), weights (1100), hands them over (400 to 1700)
-// and adds its values (1000 to 1200), one after another, and keys are brought no faster. A call begins with some 11 us
-// until the first keys are there, most of it instructions and addresses that no cache has yet. What did not help: to
-// hold the stores back until the scores are made, to ask for rows from four warps instead of eight, to ask for each
-// piece of a row as soon as its place is free, weights in the keys' own buffer so that their reader is not waited for;
-// to have the L2 fetch rows a block ahead (up to 3 % faster with 64 heads, 7 % slower with 128), or farther.
+// Measured are 5000 to 5500: one warpgroup makes scores (1000 cycles), weights (1100), hands them over (400 to 1700)
+// and adds its values (1000 to 1200), one after another; and keys come no faster: of 5000 cycles their producers
+// convert in 2000 and wait for memory otherwise (rows in the L2: 3100 to 3900 in all). Until the first keys are there a
+// call takes 5 us (batch 2) to 8 us (128), where the queries and the first rows of all thread blocks, 13 MB, arrive
+// together. Its instructions count: a chain of dependent ones takes 5 to 13 cycles each, so that what runs once is kept
+// short. What did not help: to hold the stores back until the scores are made, to ask for rows from four warps instead
+// of eight, to ask for each piece of a row as soon as its place is free, weights in the keys' own buffer so that their
+// reader is not waited for; queries asked for after the first indices or rows, loads that do not allocate in the L1
+// (13 % slower), parameters touched by all warps at once; to have the L2 fetch rows a block ahead (1 to 7 % slower); two
+// warpgroups that make scores and weights in turn, as in dense decode, which need 192 registers each and leave 64 to
+// those that bring keys (60 us instead of 49 at batch 128); a quarter of the columns instead of half for the warpgroup
+// that makes the scores (as fast).
 //
-// H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS):
-// V4, 64 heads, 128 + 512: batch 2 18.5, 16 30.2 (1.8), 64 37.9 (7.3), 128 44.5 (14.5), 148 66.6 (16.8); at most 512
-// in the second cache: batch 64 31.3 (4.3), 128 49.0 (8.7). 128 heads, 128 + 1024: batch 64 61.2 (26), 128 128 (52).
-// V3.2, 2048: 128 heads batch 64 105 (49), 128 216 (99); batch 128: 64 heads 110 (49).
+// H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
+// L2 flushed by writing, whose lines are written back meanwhile:
+// V4, 64 heads, 128 + 512: batch 2 15.5, 16 21.7 (1.8), 64 34.5 (7.3), 128 46.7 (14.5), 148 61.4 (16.8); at most 512 in
+// the second cache: batch 64 30.0 (4.3), 128 48.5 (8.7). 128 heads, 128 + 1024: batch 128 117 (52). V3.2, 2048: 64
+// heads batch 128 112 (49).
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"
