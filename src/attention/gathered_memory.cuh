@@ -63,12 +63,20 @@ inline bool fits(const Memory& memory, int blocks = 1) {
   return (static_cast<std::size_t>(memory.bytes) + kOwn) * blocks <= cuda::shared_bytes_limit("attention");
 }
 
+/// Blocks that run at the same time on a processor, as far as registers allow.
+template <int M>
+int blocks_of(const Memory& memory) {
+  int blocks = 0;
+  while (blocks < kBlocks<M, false> && fits(memory, blocks + 1)) ++blocks;
+  return blocks;
+}
+
 /// Two stages, or one of codes where two would leave room for fewer blocks.
 template <int M>
 Memory best_memory(const GatheredAttention& p) {
   if (code_bytes(p) == 0) return memory_of<LayoutOf<M, true>>(p, 2);
-  const Memory memory = memory_of<LayoutOf<M, false>>(p, 2);
-  return fits(memory, kBlocks<M, false>) ? memory : memory_of<LayoutOf<M, false>>(p, 1);
+  const Memory one = memory_of<LayoutOf<M, false>>(p, 1), two = memory_of<LayoutOf<M, false>>(p, 2);
+  return blocks_of<M>(two) > 0 && blocks_of<M>(two) >= blocks_of<M>(one) ? two : one;
 }
 
 }  // namespace dsm::attention

@@ -26,7 +26,7 @@ __device__ __forceinline__ void store_values(const Workspace& to, int slot, int 
                                              const float4& values) {
   constexpr int kSteps = kStripValues / 4 / cuda::kWarpSize;
   reinterpret_cast<float4*>(
-      to.values)[((std::int64_t{slot} * to.strips + strip) * kSteps + step) * cuda::kWarpSize + lane] = values;
+      to.values)[((to.first_strip(slot) + strip) * kSteps + step) * cuda::kWarpSize + lane] = values;
 }
 /// Stores one half of the columns of a strip of a piece, as a warp has them after products of 64 rows and 128 columns.
 __device__ __forceinline__ void store_values(const Workspace& to, int slot, int strip, int half,
