@@ -123,11 +123,13 @@ def flash_mla_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SERVING = [case for case in CASES if case.replayed]
+# FlashMLA has no function for two caches that are not quantised.
+BESIDE_FLASH_MLA = [case for case in SERVING if case.label != "plain bfloat16 caches"]
 
 
 @pytest.mark.usefixtures("flash_mla_installed")
 @pytest.mark.parametrize("heads", [3, 64, 65])
-@pytest.mark.parametrize("case", SERVING, ids=lambda c: f"{c.operator} {c.label}")
+@pytest.mark.parametrize("case", BESIDE_FLASH_MLA, ids=lambda c: f"{c.operator} {c.label}")
 def test_flash_mla_gets_the_same_inputs(case: Case, heads: int) -> None:
     trial = Trial(case, torch.bfloat16, CPU, {**case.sizes, "h_q": heads})
     truth = trial.truth()
