@@ -8,12 +8,12 @@
 // each other. Weights of few rows are used as sums of two 16-bit numbers where keys are no codes, so that the result's
 // own rounding is all that shows: 1.7e-3 rms in bfloat16. Others are one number, as on Hopper: 2.0e-3.
 //
-// Elements of T are bound by memory with few rows. Codes are bound by latency and instructions: 1050 (V3.2 FP8) or 1150
+// Elements of T are bound by memory with few rows. Codes are bound by latency and instructions: 900 (V3.2 FP8) or 1080
 // (NVFP4) a warp and tile, of which conversion is a quarter or two fifths, come from 12 warps on a processor, as many
 // as their registers allow; one can issue in 38-43 % of cycles. Sixteen warps with 64 columns each have a third more
 // instructions and take 10-16 % longer. Many rows are bound by latency, too, with 8 warps.
-// H200, part of the same run's copy bandwidth (4.24 TB/s), 16 heads: sparse, batch 128, topk 2048, bfloat16 72 %, V3.2
-// FP8 40 %, NVFP4 22 %, V4 FP8 41 %, V4.1 FP8 36 %; dense, batch 64, 16384 keys, bfloat16 87 %, FP8 46 %. 64 heads:
+// H200, part of the same run's copy bandwidth (4.24 TB/s), 16 heads: sparse, batch 128, topk 2048, bfloat16 73 %, V3.2
+// FP8 46 %, NVFP4 25 %, V4 FP8 46 %, V4.1 FP8 42 %; dense, batch 64, 16384 keys, bfloat16 87 %, FP8 53 %. 64 heads:
 // bfloat16 36 % and 37 %, codes 11-17 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 127 | 183 TFLOPS.
 #include <new>
 

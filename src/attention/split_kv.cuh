@@ -25,8 +25,8 @@ inline constexpr std::size_t scratch_bytes(std::int64_t batch) { return static_c
 __device__ __forceinline__ void store_values(const Workspace& to, int slot, int strip, int step, int lane,
                                              const float4& values) {
   constexpr int kSteps = kStripValues / 4 / cuda::kWarpSize;
-  reinterpret_cast<float4*>(
-      to.values)[((to.first_strip(slot) + strip) * kSteps + step) * cuda::kWarpSize + lane] = values;
+  reinterpret_cast<float4*>(to.values)[((to.first_strip(slot) + strip) * kSteps + step) * cuda::kWarpSize + lane] =
+      values;
 }
 /// Stores one half of the columns of a strip of a piece, as a warp has them after products of 64 rows and 128 columns.
 __device__ __forceinline__ void store_values(const Workspace& to, int slot, int strip, int half,

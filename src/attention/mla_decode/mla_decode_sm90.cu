@@ -103,8 +103,7 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
       split_kv::Workspace::at(on.workspace, batch, parts, split_kv::strips_of(1, rows), a.batch_invariant);
   params.block_table = a.block_table.as<const std::int32_t>();
   params.table_stride = a.block_table.stride[0];
-  params.table_size =
-      a.block_table.size(1) == 0 ? 0 : (batch - 1) * a.block_table.stride[0] + a.block_table.size(1);
+  params.table_size = a.block_table.size(1) == 0 ? 0 : (batch - 1) * a.block_table.stride[0] + a.block_table.size(1);
   params.page_blocks = static_cast<std::int32_t>(page_size / kRows);
   params.rows = static_cast<std::int32_t>(rows);
   params.s_q = static_cast<std::int32_t>(s_q);

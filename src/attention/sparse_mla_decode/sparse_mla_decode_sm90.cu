@@ -12,10 +12,10 @@
 // short. What did not help: to hold the stores back until the scores are made, to ask for rows from four warps instead
 // of eight, to ask for each piece of a row as soon as its place is free, weights in the keys' own buffer so that their
 // reader is not waited for; queries asked for after the first indices or rows, loads that do not allocate in the L1
-// (13 % slower), parameters touched by all warps at once; to have the L2 fetch rows a block ahead (1 to 7 % slower); two
-// warpgroups that make scores and weights in turn, as in dense decode, which need 192 registers each and leave 64 to
-// those that bring keys (60 us instead of 49 at batch 128); a quarter of the columns instead of half for the warpgroup
-// that makes the scores (as fast).
+// (13 % slower), parameters touched by all warps at once; to have the L2 fetch rows a block ahead (1 to 7 % slower);
+// two warpgroups that make scores and weights in turn, as in dense decode, which need 192 registers each and leave 64
+// to those that bring keys (60 us instead of 49 at batch 128); a quarter of the columns instead of half for the
+// warpgroup that makes the scores (as fast).
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
 // L2 flushed by writing, whose lines are written back meanwhile:
