@@ -44,7 +44,7 @@ constexpr int kOverheadBlocks = 1;  // what beginning a request costs
 constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast on plain rows, or faster
 
 /// What the thread block computes, found by all of its threads; `scratch` is theirs.
-__device__ __forceinline__ split_kv::Part own_part(const Problem& p, void* scratch) {
+[[maybe_unused]] __device__ __forceinline__ split_kv::Part own_part(const Problem& p, void* scratch) {
   split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
   return p.keys.equal() && p.keys.invariant_pieces == 0
              ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)

@@ -36,23 +36,22 @@ struct alignas(128) RawRows {
 /// Brings a quarter of a row of each block: its warp copies eight rows as soon as those of the block before are in
 /// registers, and asks for the indices a block earlier.
 template <class Record, class Extra>
-class RowCopies {
+class RowCopies : public OwnRow<Record, Extra> {
+  using Own = OwnRow<Record, Extra>;
+  using Own::kScales, Own::lane;
+  using Own::p_, Own::row_, Own::index_, Own::lots_, Own::scales_, Own::next_scales_;
+  using Own::valid_, Own::next_valid_, Own::is_extra_, Own::next_is_extra_, Own::index_is_extra_;
+
  public:
   __device__ RowCopies(const Problem& problem, const split_kv::Part& part, RawRows<Record, Extra>& raw, int warp)
-      : p_(problem), raw_(raw), row_(warp * kRowsPerWarp + row_of_lane(lane())), walk_(problem, part, row_) {}
+      : Own(problem, part, warp * kRowsPerWarp + row_of_lane(lane())), raw_(raw) {}
 
-  /// Asks for the index in the next block, if there is one.
-  __device__ bool ask_index() {
-    const bool more = walk_.next(index_);
-    index_is_extra_ = walk_.extra();
-    return more;
-  }
   /// Has the rows whose indices were asked for copied.
   __device__ void copy() {
     next_is_extra_ = index_is_extra_;
     const Cache& cache = next_is_extra_ ? p_.extra.cache : p_.list.cache;
     next_valid_ = cache.has(index_);
-    of_record(next_is_extra_, [&]<class R>() {
+    Own::of_record(next_is_extra_, [&]<class R>() {
       const auto entry = cache.template entry<R>(index_);
       if constexpr (!kScalesInRow<R>) load_scales<R>(next_scales_, entry.scales);
       const auto row = reinterpret_cast<std::uint64_t>(entry.data);
@@ -72,7 +71,7 @@ class RowCopies {
     raw_.landed.wait(n % 2);
     is_extra_ = next_is_extra_, valid_ = next_valid_;
     const std::uint32_t from = cuda::shared_address(raw_.bytes[lane() / kLanesPerRow]);
-    of_record(is_extra_, [&]<class R>() {
+    Own::of_record(is_extra_, [&]<class R>() {
       if constexpr (kScalesInRow<R>) {
         load_scales<R>(scales_, from + R::kScalesAt);
       } else {
@@ -86,36 +85,14 @@ class RowCopies {
     __syncwarp();
   }
   __device__ void store(std::uint32_t tile) const {
-    of_record(is_extra_, [&]<class R>() {
+    Own::of_record(is_extra_, [&]<class R>() {
       store_lot<R, 0>(lots_[0], scales_, tile, row_, lane());
       store_lot<R, 1>(lots_[1], scales_, tile, row_, lane());
     });
   }
-  /// Which of the warp's rows are any.
-  __device__ void store_valid(std::uint8_t* valid) const {
-    const unsigned rows = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid_) << row_ % kRowsPerWarp);
-    if (lane() == 0) valid[row_ / kRowsPerWarp] = static_cast<std::uint8_t>(rows);
-  }
 
  private:
-  static constexpr int kScales = std::max(Pieces<Record>::kScales, Pieces<Extra>::kScales);
-
-  __device__ static int lane() { return threadIdx.x % 32; }
-  template <class Do>
-  __device__ __forceinline__ static void of_record(bool extra, Do run) {
-    if (std::is_same_v<Record, Extra> || !extra)
-      run.template operator()<Record>();
-    else
-      run.template operator()<Extra>();
-  }
-
-  const Problem& p_;
   RawRows<Record, Extra>& raw_;
-  int row_;
-  IndexWalk walk_;
-  std::int32_t index_;
-  bool valid_, next_valid_, is_extra_, next_is_extra_, index_is_extra_;
-  uint4 lots_[2][std::max(Pieces<Record>::kLot, Pieces<Extra>::kLot)], scales_[kScales], next_scales_[kScales];
 };
 
 /// Warp `warp` of eight that bring an eighth of each block; nothing waits at the end of a request.
