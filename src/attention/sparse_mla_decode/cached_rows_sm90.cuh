@@ -10,6 +10,7 @@
 
 #include "dsm/tensor_view.h"
 #include "src/cuda/index/divider.cuh"
+#include "src/cuda/ptx/bulk_copy.cuh"
 #include "src/cuda/ptx/wgmma.cuh"
 #include "src/numerics/kv_record.h"
 
@@ -79,6 +80,20 @@ __device__ __forceinline__ uint4 load_piece(const std::uint8_t* from) {
                : "l"(from));
   return piece;
 }
+/// A row in global memory, and how soon the L2 may give it up.
+struct CachedRow {
+  const std::uint8_t* bytes;
+  cuda::L2Hint hint;
+
+  __device__ CachedRow operator+(int offset) const { return {bytes + offset, hint}; }
+};
+__device__ __forceinline__ uint4 load_piece(CachedRow from) {
+  uint4 piece;
+  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+               : "l"(from.bytes), "l"(static_cast<std::uint64_t>(from.hint)));
+  return piece;
+}
 /// The same from shared memory.
 __device__ __forceinline__ uint4 load_piece(std::uint32_t from) {
   uint4 piece;
@@ -94,7 +109,7 @@ __device__ __forceinline__ void store_chunk(std::uint32_t to, const std::uint32_
                : "memory");
 }
 
-/// Asks for a lane's pieces of a row, of one of the two lots. A row is a pointer, or an address of shared memory.
+/// Asks for a lane's pieces of a row, of one of the two lots. A row is a CachedRow, or an address of shared memory.
 template <class Record, int kWhich, class Row, int N>
 __device__ __forceinline__ void load_lot(uint4 (&lot)[N], Row row, int lane) {
   using Of = Pieces<Record>;

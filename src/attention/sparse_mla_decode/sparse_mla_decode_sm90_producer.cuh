@@ -115,7 +115,8 @@ class RowStream : public OwnRow<Record, Extra> {
   __device__ RowStream(const Problem& problem, const split_kv::Part& part)
       : Own(problem, part,
             (threadIdx.x / kWarpgroup - 2) * (kKeys / 2) + threadIdx.x % kWarpgroup / 32 * kRowsPerWarp +
-                row_of_lane(lane())) {}
+                row_of_lane(lane())),
+        hint_(gridDim.x == 1 ? cuda::L2Hint::kEvictFirst : cuda::L2Hint::kEvictNormal) {}
 
   /// The row whose index was asked for is the one to ask for.
   __device__ void turn() {
@@ -130,7 +131,8 @@ class RowStream : public OwnRow<Record, Extra> {
   }
   template <int kWhich>
   __device__ void ask() {
-    Own::of_record(next_is_extra_, [&]<class R>() { load_lot<R, kWhich>(lots_[kWhich], bytes_, lane()); });
+    Own::of_record(next_is_extra_,
+                   [&]<class R>() { load_lot<R, kWhich>(lots_[kWhich], CachedRow{bytes_, hint_}, lane()); });
   }
   /// The row that was asked for is the one to store.
   __device__ void take() {
@@ -145,6 +147,7 @@ class RowStream : public OwnRow<Record, Extra> {
 
  private:
   const std::uint8_t* bytes_;
+  const cuda::L2Hint hint_;  ///< rows that one tile of queries reads alone are not needed again
 };
 
 /// Two warpgroups bring half of each block; nothing waits at the end of a request. Each turn of the loop stores a
