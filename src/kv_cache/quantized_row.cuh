@@ -82,14 +82,11 @@ __device__ __forceinline__ void store_group(KvEntry<std::uint8_t> entry, int col
     } codes;
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
-      Chunk<T> chunk = chunks[c];
       if (factor == factor) {
-        // The largest scale, and a subnormal one, can be much smaller than amax / 6.
-        if (amax > 6.5f * factor) limit(chunk, 6 * factor);
-        codes.at[c] = e2m1_codes_of_quotients(chunk, factor);
+        codes.at[c] = e2m1_codes_of_quotients(chunks[c], factor, amax);
       } else {
         float x[kChunk];
-        chunk.values(x);
+        chunks[c].values(x);
         codes.at[c] = __builtin_bit_cast(std::uint32_t, cuda::e2m1_codes(x));
       }
     }
@@ -101,7 +98,7 @@ __device__ __forceinline__ void store_group(KvEntry<std::uint8_t> entry, int col
     if constexpr (kScales == KvScales::fp32) {
       const float scale = e4m3_block_scale_float(amax);
       store_scale(scale);
-      store_codes(ByNumber(scale), scale != scale);
+      store_codes(ByNumber<T>(scale), scale != scale);
     } else {
       const float8_e8m0fnu scale = e4m3_block_scale(amax);
       if constexpr (std::is_same_v<Scale, float>)

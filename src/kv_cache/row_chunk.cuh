@@ -58,6 +58,11 @@ struct alignas(16) Chunk {
   }
   /// Two neighbours of 16 bits.
   __device__ __forceinline__ std::uint32_t word(int i) const { return reinterpret_cast<const std::uint32_t*>(at)[i]; }
+  __device__ __forceinline__ auto pair(int i) const {
+    using Pair = std::conditional_t<std::is_same_v<T, bfloat16>, __nv_bfloat162, __half2>;
+    static_assert(sizeof(T) == sizeof(Pair) / 2);
+    return reinterpret_cast<const Pair*>(at)[i];
+  }
   /// The values in float32, in which quantised caches take them.
   __device__ __forceinline__ void values(float* to) const {
     if constexpr (std::is_same_v<T, bfloat16>) {
@@ -78,12 +83,10 @@ struct alignas(16) Chunk {
 template <int kCount, class T>
 __device__ __forceinline__ std::int32_t largest_bits(const Chunk<T>* chunks) {
   if constexpr (std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>) {
-    using Pair = std::conditional_t<std::is_same_v<T, bfloat16>, __nv_bfloat162, __half2>;
-    const auto pair = [](std::uint32_t word) { return __habs2(reinterpret_cast<const Pair&>(word)); };
-    Pair largest = pair(chunks[0].word(0));
+    auto largest = __habs2(chunks[0].pair(0));
 #pragma unroll
     for (int i = 1; i < kCount * kChunk / 2; ++i)
-      largest = __hmax2_nan(largest, pair(chunks[i / (kChunk / 2)].word(i % (kChunk / 2))));
+      largest = __hmax2_nan(largest, __habs2(chunks[i / (kChunk / 2)].pair(i % (kChunk / 2))));
     const auto both = reinterpret_cast<const std::uint32_t&>(largest);
     const T larger{static_cast<std::uint16_t>(max(both >> 16, both & 0xffffu))};
     return static_cast<std::int32_t>(bits_of(in_float(larger)));
@@ -103,28 +106,6 @@ __device__ __forceinline__ float largest_magnitude(std::int32_t bits) {
   for (int distance = kLanes / 2; distance > 0; distance /= 2)
     bits = max(bits, __shfl_xor_sync(cuda::kAllLanes, bits, distance));
   return __int_as_float(bits);
-}
-
-/// Magnitudes above `largest`, which T can hold, become it. Of numbers.
-template <class T>
-__device__ __forceinline__ void limit(Chunk<T>& chunk, float largest) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const __nv_bfloat162 bound = __float2bfloat162_rn(largest);
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) {
-      auto& pair = reinterpret_cast<__nv_bfloat162*>(chunk.at)[i];
-      pair = __hmax2(__hmin2(pair, bound), __hneg2(bound));
-    }
-  } else if constexpr (std::is_same_v<T, float>) {
-#pragma unroll
-    for (float& x : chunk.at) x = fmaxf(fminf(x, largest), -largest);
-  } else {
-#pragma unroll
-    for (T& x : chunk.at) {
-      const float value = in_float(x);
-      if (fabsf(value) > largest) x = narrow<T>(static_cast<Compute<T>>(copysignf(largest, value)));
-    }
-  }
 }
 
 }  // namespace dsm
