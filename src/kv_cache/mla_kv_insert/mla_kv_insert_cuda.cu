@@ -80,8 +80,9 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 constexpr int kPlainThreads = 256;
-constexpr int kPlainTokens = 32;  // of a block
-constexpr int kAtOnce = 3;        // packs of plain rows that a thread has in flight
+constexpr int kPlainTokens = 32;    // of a block; powers of two
+constexpr int kFewPlainTokens = 4;  // where there are few tokens: more blocks share them
+constexpr int kAtOnce = 3;          // packs of plain rows that a thread has in flight
 
 struct PackPlace {
   std::uint32_t token;  // of the block
@@ -92,10 +93,10 @@ struct PackPlace {
 template <class T, class C, int W>
 __global__ void __launch_bounds__(kPlainThreads, 4)
     mla_kv_insert_plain_cuda_kernel(Placing placing, Rows<T> latent, Rows<T> k_pe, Pages cache,
-                                    cuda::Divider packs_of_row) {
+                                    cuda::Divider packs_of_row, int of_block) {
   __shared__ std::int64_t slots[kPlainTokens];
-  const std::int64_t first = std::int64_t{blockIdx.x} * kPlainTokens, width = latent.columns + k_pe.columns;
-  const auto tokens = static_cast<std::uint32_t>(min(std::int64_t{kPlainTokens}, placing.tokens - first));
+  const std::int64_t first = std::int64_t{blockIdx.x} * of_block, width = latent.columns + k_pe.columns;
+  const auto tokens = static_cast<std::uint32_t>(min(std::int64_t{of_block}, placing.tokens - first));
   const std::uint32_t count = tokens * packs_of_row.divisor();
   const auto place_of = [&](std::uint32_t item) {
     const std::uint32_t token = packs_of_row.quotient(item);
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kPlainThreads, 4)
                                                             : k_pe[first + token] + (column - latent.columns));
     }
     if (begin == threadIdx.x) {  // the first time, in all threads
-      const std::int64_t slot = placing.slot_of(threadIdx.x % kPlainTokens, kPlainTokens, cache);
-      if (threadIdx.x < kPlainTokens) slots[threadIdx.x] = slot;
+      const std::int64_t slot = placing.slot_of(threadIdx.x & (of_block - 1), of_block, cache);
+      if (threadIdx.x < of_block) slots[threadIdx.x] = slot;
       __syncthreads();
     }
 #pragma unroll
@@ -159,10 +160,11 @@ template <class T, class C, int W>
 void insert_plain(const MlaKvInsertArgs& a, const Launch& launch) {
   const auto packs_of_row = static_cast<std::uint32_t>((a.latent.size(1) + a.k_pe.size(1)) / W);
   if (packs_of_row == 0) return;
-  launch_placing("mla_kv_insert", Placing("mla_kv_insert", a.slots, a.cache, launch),
-                 mla_kv_insert_plain_cuda_kernel<T, C, W>,
-                 dim3(cuda::ceil_div<std::int64_t>(a.slots.numel(), kPlainTokens)), dim3(kPlainThreads), launch,
-                 Rows<T>(a.latent), Rows<T>(a.k_pe), Pages(a.cache), cuda::Divider(packs_of_row));
+  const Placing placing("mla_kv_insert", a.slots, a.cache, launch);
+  const int of_block = placing.last_tokens ? kPlainTokens : kFewPlainTokens;
+  launch_placing("mla_kv_insert", placing, mla_kv_insert_plain_cuda_kernel<T, C, W>,
+                 dim3(cuda::ceil_div<std::int64_t>(placing.tokens, of_block)), dim3(kPlainThreads), launch,
+                 Rows<T>(a.latent), Rows<T>(a.k_pe), Pages(a.cache), cuda::Divider(packs_of_row), of_block);
 }
 
 }  // namespace
