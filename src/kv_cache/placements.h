@@ -22,7 +22,7 @@ std::vector<Placement> placements(const TensorView& slots, std::int64_t rows);
 // On CUDA the last of several tokens with the same slot is found by comparing slots where there are few tokens, and
 // otherwise by marks: a number per row of the cache, of which only those of the slots in question are ever touched.
 
-inline constexpr std::int64_t kMaxUnmarkedTokens = 2048;
+inline constexpr std::int64_t kMaxUnmarkedTokens = 512;
 inline constexpr std::int64_t kMaxCudaTokens = (std::int64_t{1} << 31) - 1;
 
 /// Bytes of the marks.

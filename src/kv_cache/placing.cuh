@@ -14,7 +14,7 @@ namespace dsm {
 
 /// Which tokens are stored, for kernels.
 struct Placing {
-  const std::int64_t* slots;
+  const std::int64_t* slots;  // one for each token
   std::int64_t tokens;
   /// [rows of the cache] the last token that names a row, where one does; null where there are few tokens.
   const std::int32_t* last_tokens;
@@ -24,21 +24,20 @@ struct Placing {
 
   static constexpr int kMostUnmarked = 32;  // tokens of a block, where there are no marks
 
-  /// The slots of `of_block` tokens of this block, -1 for those that are not stored: all threads of the block must call
-  /// it, each for one of the tokens first, first + 1, ... The last block may have fewer.
-  __device__ __forceinline__ std::int64_t slot_of(int token_of_block, int of_block, const Pages& pages) const {
-    const std::int64_t first = std::int64_t{blockIdx.x} * of_block, token = first + token_of_block;
-    const std::int64_t slot = token < tokens ? slots[token] : -1;
+  /// Whether tokens of this block, of which it has `of_block`, are stored: that their slots are rows which no later
+  /// token names. All threads of the block must call it, each for a token. The last block may have fewer.
+  __device__ __forceinline__ bool stores(std::int64_t named, int token_of_block, int of_block,
+                                         const Pages& pages) const {
+    const std::int64_t first = std::int64_t{blockIdx.x} * of_block;
     if (last_tokens) {
       cuda::await_previous_kernel();
-      return pages.valid(slot) && last_tokens[slot] == token ? slot : -1;
+      return pages.valid(named) && last_tokens[named] == first + token_of_block;
     }
 
     __shared__ std::int64_t block_slots[kMostUnmarked];
     __shared__ unsigned overtaken;  // a bit per token
     if (threadIdx.x == 0) overtaken = 0;
-    if (threadIdx.x < of_block)
-      block_slots[threadIdx.x] = first + threadIdx.x < tokens ? slots[first + threadIdx.x] : -1;
+    if (threadIdx.x < of_block) block_slots[threadIdx.x] = slot(first + threadIdx.x);
     __syncthreads();
     unsigned mine = 0;
     for (std::int64_t later = first + 1 + threadIdx.x; later < tokens; later += blockDim.x) {
@@ -49,12 +48,19 @@ struct Placing {
     }
     if (mine) atomicOr(&overtaken, mine);
     __syncthreads();
-    return pages.valid(slot) && !(overtaken >> token_of_block & 1) ? slot : -1;
+    return pages.valid(named) && !(overtaken >> token_of_block & 1);
+  }
+  /// What slots names for a token; -1 behind the end.
+  __device__ std::int64_t slot(std::int64_t token) const { return token < tokens ? slots[token] : -1; }
+  /// That of a token of this block, as above; -1 if it is not stored.
+  __device__ __forceinline__ std::int64_t slot_of(int token_of_block, int of_block, const Pages& pages) const {
+    const std::int64_t named = slot(std::int64_t{blockIdx.x} * of_block + token_of_block);
+    return stores(named, token_of_block, of_block, pages) ? named : -1;
   }
 };
 
 /// Launches a kernel that takes the placing. Where there are marks it starts while they are being made: it may read
-/// its other inputs before slot_of, but write nothing.
+/// its other inputs before `stores`, but write nothing.
 template <class... Parameters, class... Arguments>
 void launch_placing(const char* operation, const Placing& placing, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                     const Launch& on, Arguments&&... arguments) {

@@ -16,6 +16,7 @@
 namespace dsm {
 
 inline constexpr int kRowLanes = 16;
+inline constexpr int kHalves = 2;  // of a warp
 
 /// How the groups of a record lie over lanes.
 template <class Record>

@@ -1,8 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Four lanes quantise a key of 128 values, as the models' are, which stays in their registers between the scale and the
-// codes: about 45 warp instructions. Of longer ones the rest is read again, from the cache. H200, 524288 keys, part of
-// the same run's copy bandwidth: bfloat16 64 to 74 %, float32 82 %. The marks of the last token of each slot take a
-// tenth of the time: keys are small.
+// codes. Of longer ones the rest is read again, from the cache. H200, 524288 keys, every seventh without a slot, part
+// of the same run's copy bandwidth: bfloat16 80 %, float32 90 %. The marks of the last token of each slot take a tenth
+// of the time: keys are small.
 #include <cstdint>
 
 #include "src/cpu/visit_dtype.h"
@@ -12,7 +12,7 @@
 #include "src/kv_cache/placing.cuh"
 #include "src/kv_cache/quotient_codes.cuh"
 #include "src/kv_cache/row_chunk.cuh"
-#include "src/kv_cache/warp_entries.cuh"
+#include "src/kv_cache/warp_rows.cuh"
 
 namespace dsm {
 namespace {
@@ -27,18 +27,16 @@ template <class T, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads)
     indexer_k_insert_cuda_kernel(Placing placing, const T* k, std::int64_t stride, std::int64_t any_d, bool packed,
                                  Pages cache, bool aligned, int rounds) {
-  constexpr bool kAhead = kWhole && sizeof(T) == 2;  // that registers hold two keys
   const std::int64_t d = kWhole ? kStep : any_d;
-  const int warp = threadIdx.x / cuda::kWarpSize, of_warp = threadIdx.x % cuda::kWarpSize / kKeyLanes;
-  const int lane = threadIdx.x % kKeyLanes, of_block = kRowThreads / kKeyLanes * rounds;
-  const int count = kKeysAtOnce * rounds;  // of a warp's tokens
-  const std::int64_t first = std::int64_t{blockIdx.x} * of_block + warp * count + of_warp;
+  const int of_warp = threadIdx.x % cuda::kWarpSize / kKeyLanes, lane = threadIdx.x % kKeyLanes;
   const auto column = [&](std::int64_t begin, int c) {
     return begin + (c / kRun * kKeyLanes * kRun + lane * kRun + c % kRun) * kChunk;
   };
+  WarpRows rows(placing, cache, kKeysAtOnce * rounds, rounds > 1);
+  Chunk<T> chunks[kChunks];
   // Zeros behind the end, which change no magnitude.
-  const auto load = [&](int round, std::int64_t begin, Chunk<T>(&chunks)[kChunks]) {
-    const T* key = k + min(first + kKeysAtOnce * round, placing.tokens - 1) * stride;
+  const auto load = [&](int round, std::int64_t begin) {
+    const T* key = k + rows.token(kKeysAtOnce * round + of_warp) * stride;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const std::int64_t at = column(begin, c);
@@ -50,24 +48,20 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     }
   };
-  Chunk<T> chunks[kChunks];
-  load(0, 0, chunks);
-  const WarpEntries entries(placing, cache, warp * count, count, of_block, [&](const Pages::Place& place) {
-    return indexer_entry(place.page, place.page_size, d, place.entry);
-  });
+  if (rows.size() > 0) load(0, 0);
+  rows.place(placing, cache, kKeysAtOnce * rounds,
+             [&](const Pages::Place& place) { return indexer_entry(place.page, place.page_size, d, place.entry); });
 #pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    Chunk<T> next[kChunks];
-    if (kAhead && round + 1 < rounds) load(round + 1, 0, next);
-    if (!kAhead && round > 0) load(round, 0, chunks);
+  for (int round = 0; kKeysAtOnce * round < rows.size(); ++round) {
+    if (round > 0) load(round, 0);
     std::int32_t bits = largest_bits<kChunks>(chunks);
     for (std::int64_t begin = kStep; begin < d; begin += kStep) {
-      load(round, begin, chunks);
+      load(round, begin);
       bits = max(bits, largest_bits<kChunks>(chunks));
     }
     const float8_e8m0fnu scale = e4m3_block_scale(largest_magnitude<kKeyLanes>(bits));
     const ByPowerOfTwo by(scale);
-    const KvEntry<std::uint8_t> entry = entries[kKeysAtOnce * round + of_warp];
+    const KvEntry<std::uint8_t> entry = rows.entry(kKeysAtOnce * round + of_warp);
     const bool stored = entry.data != nullptr;
     if (stored && lane == 0) {
       if (kWhole)
@@ -81,7 +75,7 @@ __global__ void __launch_bounds__(kRowThreads)
         if (stored) store_e4m3<kRun>(chunks + c, by, is_nan(scale), entry.data + column(0, c), true);
     } else {
       for (std::int64_t begin = 0; begin < d; begin += kStep) {
-        if (d > kStep) load(round, begin, chunks);
+        if (d > kStep) load(round, begin);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
           const std::int64_t at = column(begin, c);
@@ -98,10 +92,6 @@ __global__ void __launch_bounds__(kRowThreads)
         }
       }
     }
-    if constexpr (kAhead) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) chunks[c] = next[c];
-    }
   }
 }
 
@@ -112,7 +102,7 @@ void indexer_k_insert_cuda(const IndexerKInsertArgs& a, const Launch& launch) {
   const bool packed = cuda::packable({a.k}), aligned = Pages::aligned(a.cache) && d % kChunk == 0;
   cpu::visit_floating(a.k.dtype, [&]<class T>() {
     const Placing placing("indexer_k_insert", a.slots, a.cache, launch);
-    const int rounds = rounds_of(placing);
+    const int rounds = rounds_of(placing, kKeysAtOnce, 4);
     launch_placing("indexer_k_insert", placing,
                    packed && aligned && d == kStep ? indexer_k_insert_cuda_kernel<T, true>
                                                    : indexer_k_insert_cuda_kernel<T, false>,

@@ -1,9 +1,10 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Half a warp quantises a row at a time: it loads the first before it looks at the tokens' slots, and of elements of 16
-// bits the next one before it works on one, as a row waits for memory longer than for its arithmetic. Rows of plain
-// caches are copied by whole blocks. H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32:
-// plain 92 | 97 %, V3.2 FP8 81 | 90 %, with float32 scales 73 | 88 %, V3.2 NVFP4 72 | 88 %. Quantising a row is about
-// 190 warp instructions, to E2M1 250.
+// Half a warp quantises a row at a time. Few rows are loaded before it looks at the tokens' slots. Of many only those
+// with a slot are read, and those of 16-bit elements come by bulk copies some rounds ahead (row_ring.cuh), as a row
+// waits for memory longer than for its arithmetic. Rows of plain caches are copied by whole blocks. H200, 131072 rows,
+// every seventh without a slot, part of the same run's copy bandwidth, bfloat16 | float32: plain 91 | 97 %, V3.2 FP8 83
+// | 98 %, with float32 scales 81 | 92 %, V3.2 NVFP4 83 | 90 %. Quantising a row is about 175 warp instructions, to E2M1
+// 255.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -15,7 +16,8 @@
 #include "src/kv_cache/mla_kv_insert/mla_kv_insert.h"
 #include "src/kv_cache/placing.cuh"
 #include "src/kv_cache/quantized_row.cuh"
-#include "src/kv_cache/warp_entries.cuh"
+#include "src/kv_cache/row_ring.cuh"
+#include "src/kv_cache/warp_rows.cuh"
 
 namespace dsm {
 namespace {
@@ -32,57 +34,74 @@ struct Rows {
   __device__ const T* operator[](std::int64_t token) const { return data + token * stride; }
 };
 
-/// A lane's part of a row.
-template <class Record, class T>
-struct Part {
-  static constexpr int kTailLanes = (Record::kWidth - Record::kQuantized) / kChunk;
-  Chunk<T> chunks[kChunks], tail;
-
-  __device__ __forceinline__ void load(const Rows<T>& latent, const Rows<T>& k_pe, std::int64_t token, int lane,
-                                       bool aligned) {
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k) chunks[k].load(latent[token] + RowLayout<Record>::column(lane, k), aligned);
-    if (lane < kTailLanes) tail.load(k_pe[token] + lane * kChunk, aligned);
-  }
-};
-
 /// kAligned: that rows and pages are, for 16-byte accesses.
 template <class Record, KvScales kScales, class T, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads)
     mla_kv_insert_record_cuda_kernel(Placing placing, Rows<T> latent, Rows<T> k_pe, Pages cache, int rounds) {
   using Layout = RowLayout<Record>;
-  constexpr bool kAhead = sizeof(T) == 2;  // that registers hold two rows
-  const int warp = threadIdx.x / cuda::kWarpSize, half = threadIdx.x % cuda::kWarpSize / kRowLanes;
-  const int lane = threadIdx.x % kRowLanes, of_block = kRowThreads / kRowLanes * rounds;
-  const std::int64_t first = std::int64_t{blockIdx.x} * of_block + warp * 2 * rounds + half;
-  const auto token = [&](int round) { return min(first + 2 * round, placing.tokens - 1); };
-  Part<Record, T> part;
-  part.load(latent, k_pe, token(0), lane, kAligned);
-  const WarpEntries entries(placing, cache, warp * 2 * rounds, 2 * rounds, of_block, entry_at<Record>);
+  constexpr bool kAhead = kBulkCopies && kAligned && sizeof(T) == 2;  // wider rows come fast enough without
+  constexpr int kLatentBytes = Record::kQuantized * sizeof(T), kRowBytes = Record::kWidth * sizeof(T);
+  constexpr int kTailLanes = (Record::kWidth - Record::kQuantized) / kChunk;
+  using Ring = std::conditional_t<kAhead, RowRing<kHalves, kRowBytes>, NoRing>;
+  __shared__ typename Ring::Shared shared;
+  const int half = threadIdx.x % cuda::kWarpSize / kRowLanes, lane = threadIdx.x % kRowLanes;
+  const bool ahead = kAhead && rounds > 1;
+  WarpRows rows(placing, cache, kHalves * rounds, rounds > 1);
+  Ring ring(shared);
+  const auto fetch = [&](int round) {
+    ring.fetch(round, rows, [&](std::int64_t token, std::uint32_t to, auto& landed) {
+      cuda::bulk_load(to, latent[token], kLatentBytes, landed);
+      cuda::bulk_load(to + kLatentBytes, k_pe[token], kRowBytes - kLatentBytes, landed);
+    });
+  };
+  Chunk<T> chunks[kChunks], tail;
+  const auto load_from = [&](const T* row, const T* tail_row) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) chunks[k].load(row + Layout::column(lane, k), kAligned);
+    if (lane < kTailLanes) tail.load(tail_row + lane * kChunk, kAligned);
+  };
+  const auto load = [&](int round) {
+    const std::int64_t token = rows.token(kHalves * round + half);
+    load_from(latent[token], k_pe[token]);
+  };
+  if (ahead) {
+    ring.init();
+#pragma unroll
+    for (int round = 0; round < Ring::kStages; ++round) fetch(round);
+  } else if (rows.size() > 0) {
+    load(0);
+  }
+  rows.place(placing, cache, kHalves * rounds, entry_at<Record>);
 #pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    Part<Record, T> next;
-    if (kAhead && round + 1 < rounds) next.load(latent, k_pe, token(round + 1), lane, kAligned);
-    if (!kAhead && round > 0) part.load(latent, k_pe, token(round), lane, kAligned);
-    const KvEntry<std::uint8_t> entry = entries[2 * round + half];
+  for (int round = 0; kHalves * round < rows.size(); ++round) {
+    if (ahead) {
+      ring.await(round);
+      const T* row = ring.template row<T>(round, half);
+      load_from(row, row + Record::kQuantized);
+    } else if (round > 0) {
+      load(round);
+    }
+    const KvEntry<std::uint8_t> entry = rows.entry(kHalves * round + half);
     const bool stored = entry.data != nullptr;
 #pragma unroll
     for (int k = 0; k < kChunks; k += Layout::kGroupChunks) {
-      const float amax = largest_magnitude<Layout::kGroupLanes>(largest_bits<Layout::kGroupChunks>(part.chunks + k));
+      const float amax = largest_magnitude<Layout::kGroupLanes>(largest_bits<Layout::kGroupChunks>(chunks + k));
       if (stored)
-        store_group<Record, Layout::kGroupChunks, kScales>(entry, Layout::column(lane, k), part.chunks + k, amax,
-                                                           kAligned);
+        store_group<Record, Layout::kGroupChunks, kScales>(entry, Layout::column(lane, k), chunks + k, amax, kAligned);
     }
-    if (stored && lane < Part<Record, T>::kTailLanes)
-      store_tail<Record>(entry.data, lane * kChunk, part.tail, kAligned);
-    if (kAhead) part = next;
+    if (stored && lane < kTailLanes) store_tail<Record>(entry.data, lane * kChunk, tail, kAligned);
+    if (ahead) {
+      __syncwarp();
+      fetch(round + Ring::kStages);
+    }
   }
 }
 
 constexpr int kPlainThreads = 256;
 constexpr int kPlainTokens = 32;    // of a block; powers of two
-constexpr int kFewPlainTokens = 4;  // where there are few tokens: more blocks share them
-constexpr int kAtOnce = 3;          // packs of plain rows that a thread has in flight
+constexpr int kFewPlainTokens = 4;  // where there are few, up to
+constexpr int kFewTokens = 2048;
+constexpr int kAtOnce = 3;  // packs of plain rows that a thread has in flight
 
 struct PackPlace {
   std::uint32_t token;  // of the block
@@ -141,7 +160,7 @@ void insert_records(const MlaKvInsertArgs& a, KvFormat format, const Launch& lau
   const bool aligned = cuda::packable({a.latent, a.k_pe}) && Pages::aligned(a.cache);
   const auto insert = [&]<class Record, KvScales kScales>() {
     const Placing placing("mla_kv_insert", a.slots, a.cache, launch);
-    const int rounds = rounds_of(placing);
+    const int rounds = rounds_of(placing, kHalves, sizeof(T) == 2 ? 16 : 4);
     launch_placing("mla_kv_insert", placing,
                    aligned ? mla_kv_insert_record_cuda_kernel<Record, kScales, T, true>
                            : mla_kv_insert_record_cuda_kernel<Record, kScales, T, false>,
@@ -161,7 +180,7 @@ void insert_plain(const MlaKvInsertArgs& a, const Launch& launch) {
   const auto packs_of_row = static_cast<std::uint32_t>((a.latent.size(1) + a.k_pe.size(1)) / W);
   if (packs_of_row == 0) return;
   const Placing placing("mla_kv_insert", a.slots, a.cache, launch);
-  const int of_block = placing.last_tokens ? kPlainTokens : kFewPlainTokens;
+  const int of_block = placing.tokens > kFewTokens ? kPlainTokens : kFewPlainTokens;
   launch_placing("mla_kv_insert", placing, mla_kv_insert_plain_cuda_kernel<T, C, W>,
                  dim3(cuda::ceil_div<std::int64_t>(placing.tokens, of_block)), dim3(kPlainThreads), launch,
                  Rows<T>(a.latent), Rows<T>(a.k_pe), Pages(a.cache), cuda::Divider(packs_of_row), of_block);

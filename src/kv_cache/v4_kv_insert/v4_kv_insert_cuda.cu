@@ -5,8 +5,9 @@
 // rotation. The bytes are those of the CPU, but for the sign of NaN that arithmetic has made. Rows of plain caches can
 // have any width: a warp makes them column by column.
 //
-// H200, 131072 rows, part of the same run's copy bandwidth, bfloat16 | float32, not normalised nor turned: V4 FP8
-// 81 | 89 %, V4.1 FP8 82 | 90 %, V4.1 FP4 72 | 87 %; both, into a plain float32 cache: 77 %.
+// Many rows of 16-bit elements that are stored as they are come by bulk copies some rounds ahead (row_ring.cuh). H200,
+// 131072 rows, every seventh without a slot, part of the same run's copy bandwidth, bfloat16 | float32, not normalised
+// nor turned: V4 FP8 87 | 97 %, V4.1 FP8 85 | 99 %, V4.1 FP4 83 | 93 %; both, into a plain float32 cache: 85 %.
 #include <cstdint>
 
 #include "src/cpu/visit_dtype.h"
@@ -15,8 +16,9 @@
 #include "src/cuda/reduce/warp.cuh"
 #include "src/kv_cache/placing.cuh"
 #include "src/kv_cache/quantized_row.cuh"
+#include "src/kv_cache/row_ring.cuh"
 #include "src/kv_cache/v4_kv_insert/v4_kv_insert.h"
-#include "src/kv_cache/warp_entries.cuh"
+#include "src/kv_cache/warp_rows.cuh"
 #include "src/numerics/rope.h"
 
 namespace dsm {
@@ -106,12 +108,11 @@ __device__ __forceinline__ void normalize(Chunk<T> (&chunks)[kChunks], T* row, c
 
 /// As above, its last pairs are turned.
 template <class Record, class T>
-__device__ __forceinline__ void turn(Chunk<T> (&chunks)[kChunks], T* row, const Steps<T>& steps, std::int64_t token,
+__device__ __forceinline__ void turn(Chunk<T> (&chunks)[kChunks], T* row, const Steps<T>& steps, std::int64_t position,
                                      int lane) {
   using A = Compute<T>;
   const auto column = [&](int k) { return RowLayout<Record>::column(lane, k); };
   const int pairs = static_cast<int>(steps.pairs), turned = kWidth - 2 * pairs;
-  const std::int64_t position = steps.positions[token];
 #pragma unroll
   for (int k = 0; k < kChunks; ++k)
     if (column(k) + kChunk > turned) chunks[k].store_packed(row + column(k));
@@ -136,33 +137,56 @@ __global__ void __launch_bounds__(kRowThreads)
     v4_kv_insert_record_cuda_kernel(Placing placing, const T* kv, std::int64_t stride, bool packed_weight,
                                     Steps<T> steps, Pages cache, bool any_aligned, int rounds) {
   using Layout = RowLayout<Record>;
-  constexpr bool kAhead = kPlain && sizeof(T) == 2;  // that registers hold two rows
+  constexpr bool kAhead = kBulkCopies && kPlain && sizeof(T) == 2;  // wider rows come fast enough without
+  constexpr int kRowBytes = kWidth * sizeof(T);
   constexpr int kPadding = 16;  // keeps two rows that a warp reads at the same columns in different banks
-  __shared__ __align__(16) T rows[kPlain ? 1 : kRowThreads / kRowLanes][kPlain ? 1 : kWidth + kPadding];
+  using Ring = std::conditional_t<kAhead, RowRing<kHalves, kRowBytes>, NoRing>;
+  __shared__ typename Ring::Shared shared;
+  __shared__ __align__(16) T turned[kPlain ? 1 : kRowThreads / kRowLanes][kPlain ? 1 : kWidth + kPadding];
   const bool aligned = kPlain || any_aligned;
-  const int warp = threadIdx.x / cuda::kWarpSize, half = threadIdx.x % cuda::kWarpSize / kRowLanes;
-  const int lane = threadIdx.x % kRowLanes, of_block = kRowThreads / kRowLanes * rounds;
-  const std::int64_t first = std::int64_t{blockIdx.x} * of_block + warp * 2 * rounds + half;
-  const auto token = [&](int round) { return min(first + 2 * round, placing.tokens - 1); };
+  const int half = threadIdx.x % cuda::kWarpSize / kRowLanes, lane = threadIdx.x % kRowLanes;
   const auto column = [&](int k) { return Layout::column(lane, k); };
-  Chunk<T> chunks[kChunks];
-  const auto load = [&](Chunk<T>(&to)[kChunks], int round) {
-#pragma unroll
-    for (int k = 0; k < kChunks; ++k) to[k].load(kv + token(round) * stride + column(k), aligned);
+  const bool ahead = kAhead && rounds > 1;
+  WarpRows rows(placing, cache, kHalves * rounds, rounds > 1);
+  Ring ring(shared);
+  const auto fetch = [&](int round) {
+    ring.fetch(round, rows, [&](std::int64_t token, std::uint32_t to, auto& landed) {
+      cuda::bulk_load(to, kv + token * stride, kRowBytes, landed);
+    });
   };
-  load(chunks, 0);
-  const WarpEntries entries(placing, cache, warp * 2 * rounds, 2 * rounds, of_block, entry_at<Record>);
+  Chunk<T> chunks[kChunks];
+  std::int64_t position = 0;
+  const auto load_from = [&](const T* row) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) chunks[k].load(row + column(k), aligned);
+  };
+  const auto load = [&](int round) {
+    const std::int64_t token = rows.token(kHalves * round + half);
+    load_from(kv + token * stride);
+    if (!kPlain && steps.pairs > 0) position = steps.positions[token];
+  };
+  if (ahead) {
+    ring.init();
+#pragma unroll
+    for (int round = 0; round < Ring::kStages; ++round) fetch(round);
+  } else if (rows.size() > 0) {
+    load(0);
+  }
+  rows.place(placing, cache, kHalves * rounds, entry_at<Record>);
 #pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    Chunk<T> next[kChunks];
-    if (kAhead && round + 1 < rounds) load(next, round + 1);
-    if (!kAhead && round > 0) load(chunks, round);
-    if constexpr (!kPlain) {
-      T* row = rows[threadIdx.x / kRowLanes];
-      if (steps.normalizes()) normalize<Record>(chunks, row, steps, packed_weight, lane);
-      if (steps.pairs > 0) turn<Record>(chunks, row, steps, token(round), lane);
+  for (int round = 0; kHalves * round < rows.size(); ++round) {
+    if (ahead) {
+      ring.await(round);
+      load_from(ring.template row<T>(round, half));
+    } else if (round > 0) {
+      load(round);
     }
-    const KvEntry<std::uint8_t> entry = entries[2 * round + half];
+    if constexpr (!kPlain) {
+      T* row = turned[threadIdx.x / kRowLanes];
+      if (steps.normalizes()) normalize<Record>(chunks, row, steps, packed_weight, lane);
+      if (steps.pairs > 0) turn<Record>(chunks, row, steps, position, lane);
+    }
+    const KvEntry<std::uint8_t> entry = rows.entry(kHalves * round + half);
     const bool stored = entry.data != nullptr;
     constexpr int kAtOnce = Layout::kGroupChunks;
 #pragma unroll
@@ -180,9 +204,9 @@ __global__ void __launch_bounds__(kRowThreads)
     // The byte behind V4's 7 scales.
     if constexpr (std::is_same_v<Record, KvV4Fp8>)
       if (stored && lane == 0) entry.scales[Record::kScaleBytes - 1] = 0;
-    if constexpr (kAhead) {
-#pragma unroll
-      for (int k = 0; k < kChunks; ++k) chunks[k] = next[k];
+    if (ahead) {
+      __syncwarp();
+      fetch(round + Ring::kStages);
     }
   }
 }
@@ -195,21 +219,20 @@ __global__ void __launch_bounds__(kThreads, 6)
   using A = Compute<T>;
   constexpr int kTokens = kThreads / cuda::kWarpSize;
   const int lane = threadIdx.x % cuda::kWarpSize, of_block = threadIdx.x / cuda::kWarpSize;
-  const std::int64_t slot = placing.slot_of(of_block, kTokens, cache);
-  if (slot < 0) return;
-  const std::int64_t token = std::int64_t{blockIdx.x} * kTokens + of_block;
+  const std::int64_t token = std::int64_t{blockIdx.x} * kTokens + of_block, slot = placing.slot(token);
   const T* row = kv + token * stride;
   A rstd = 1;
-  if (steps.normalizes()) {
+  if (steps.normalizes() && cache.valid(slot)) {
     A squares = 0;
     // Both halves of the warp add up the same, so that all lanes know the sum.
-#pragma unroll 8
+#pragma unroll 16
     for (std::int64_t i = lane % 16; i < width; i += 16) {
       const A x = cuda::widened(row[i]);
       squares += rounded_product(x, x);
     }
     rstd = steps.rstd(squares, width);
   }
+  if (!placing.stores(slot, of_block, kTokens, cache)) return;
   const auto value = [&](std::int64_t column) {
     return steps.normalizes() ? steps.normalized(row[column], rstd, steps.weight_at(column)) : row[column];
   };
@@ -241,7 +264,7 @@ void insert_records(const V4KvInsertArgs& a, KvFormat format, const Launch& laun
   const bool aligned = cuda::packable({a.kv}) && Pages::aligned(a.cache), plain = aligned && !a.weight && !a.positions;
   const auto insert = [&]<class Record>() {
     const Placing placing("v4_kv_insert", a.slots, a.cache, launch);
-    const int rounds = rounds_of(placing);
+    const int rounds = rounds_of(placing, kHalves, plain && sizeof(T) == 2 ? 16 : 4);
     launch_placing(
         "v4_kv_insert", placing,
         plain ? v4_kv_insert_record_cuda_kernel<Record, T, true> : v4_kv_insert_record_cuda_kernel<Record, T, false>,

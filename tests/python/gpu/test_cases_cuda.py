@@ -70,7 +70,7 @@ SIZES: dict[str, list[dict[str, int]]] = {
             (3, 5000, 16, 1, 576, 512, 3000), (7, 60, 6, 3, 33, 20, 40),
         ]
     ],
-    # More than 2048 tokens take another way to the last of several with the same slot.
+    # More than 512 tokens take another way to the last of several with the same slot.
     **{
         operator: [
             {"tokens": tokens, "pages": pages, "page_size": page_size}

@@ -68,7 +68,7 @@ def assert_same_bytes(insert: Callable[[torch.device], Insert], size: int, token
         assert len(wrong) == 0, f"{pages} x {page_size} + {padding}: {len(wrong)} bytes, first at {wrong[:4].tolist()}"
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 77, 2048, 2049, 5000])
+@pytest.mark.parametrize("tokens", [1, 9, 77, 512, 513, 5000])
 @pytest.mark.parametrize("scale_format", ["ue8m0", "fp32"])
 @pytest.mark.parametrize("size", MLA_FORMATS)
 def test_mla_kv_insert(size: int, scale_format: str, tokens: int) -> None:
@@ -94,7 +94,7 @@ def test_mla_kv_insert_from_every_dtype_and_address(size: int, dtype: torch.dtyp
     assert_same_bytes(on, size, 50)
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 77, 2048, 2049, 5000])
+@pytest.mark.parametrize("tokens", [1, 9, 77, 512, 513, 5000])
 @pytest.mark.parametrize("size", V4_FORMATS)
 def test_v4_kv_insert(size: int, tokens: int) -> None:
     rows = spread(max(tokens, 3), 512, torch.bfloat16)[-tokens:]
@@ -163,7 +163,7 @@ def test_plain_caches(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("d", [1, 8, 33, 128, 700])
-@pytest.mark.parametrize("tokens", [1, 77, 2049])
+@pytest.mark.parametrize("tokens", [1, 77, 513, 5000])
 def test_indexer_k_insert(d: int, dtype: torch.dtype, tokens: int) -> None:
     keys = spread(max(tokens, 3), max(d, 41), dtype)[-tokens:, -d:]
 
@@ -172,6 +172,31 @@ def test_indexer_k_insert(d: int, dtype: torch.dtype, tokens: int) -> None:
         return lambda cache, slots: dsm.ops.indexer_k_insert(k, cache, slots)
 
     assert_same_bytes(on, d + 4, tokens)
+
+
+@pytest.mark.parametrize("scale_format", ["ue8m0", "fp32"])
+@pytest.mark.parametrize("size", [*MLA_FORMATS, *V4_FORMATS, INDEXER])
+def test_many_tokens_at_once_as_a_few_at_a_time(size: int, scale_format: str) -> None:
+    """Warps then have many rows, of which they fetch some ahead."""
+    tokens, pages = 270_011, 4300
+    rows = spread(5000, 576, torch.bfloat16).to(CUDA)[torch.randint(5000, (tokens,), device=CUDA)]
+    slots = torch.randperm(pages * 64, device=CUDA)[:tokens]
+    slots[::7] = slots[5000:6000] = -1
+
+    def insert(cache: Tensor, some: slice) -> None:
+        x, at = rows[some], slots[some]
+        if size == INDEXER:
+            dsm.ops.indexer_k_insert(x[:, :128], cache, at)
+        elif size in MLA_FORMATS:
+            dsm.ops.mla_kv_insert(x[:, :512], x[:, 512:], cache, at, scale_format)
+        else:
+            dsm.ops.v4_kv_insert(x[:, :512], cache, at)
+
+    at_once, bit_by_bit = (torch.zeros(pages, 64, 1, size, dtype=torch.uint8, device=CUDA) for _ in range(2))
+    insert(at_once, slice(None))
+    for first in range(0, tokens, 500):
+        insert(bit_by_bit, slice(first, first + 500))
+    assert torch.equal(at_once, bit_by_bit)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -211,7 +236,7 @@ def test_kv_gather_of_plain_caches(width: int, cache_dtype: torch.dtype, dtype: 
 
 
 def test_the_last_of_many_tokens_with_one_slot() -> None:
-    for tokens in (8, 100, 2048, 2049, 100_000):
+    for tokens in (8, 100, 512, 513, 100_000):
         latent = torch.arange(tokens, device=CUDA).float()[:, None]
         cache = torch.full((1, 3, 1, 2), -1.0, device=CUDA)
         dsm.ops.mla_kv_insert(latent, latent, cache, torch.ones(tokens, dtype=torch.int64, device=CUDA))
