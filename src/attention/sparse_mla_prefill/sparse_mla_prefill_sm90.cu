@@ -13,7 +13,8 @@ namespace {
 constexpr const char* kName = "sparse_mla_prefill";
 
 template <class T, int kTiles>
-void launch_prefill(const sparse_prefill_sm90::Problem& problem, const CUtensorMap& out, const Launch& launch) {
+void launch_prefill(const sparse_prefill_sm90::Problem& problem, const CUtensorMap& q, const CUtensorMap& out,
+                    const Launch& launch) {
   using namespace sparse_prefill_sm90;
   const auto kernel = sparse_mla_prefill_sm90_kernel<T, kTiles>;
   constexpr std::size_t kBytes = sizeof(Shared<kTiles>);
@@ -21,7 +22,7 @@ void launch_prefill(const sparse_prefill_sm90::Problem& problem, const CUtensorM
   const std::int32_t blocks = std::min<std::int32_t>(problem.items, cuda::multiprocessors(kName));
   cuda::check(cudaMemsetAsync(problem.taken, 0, sizeof(*problem.taken), static_cast<cudaStream_t>(launch.stream)),
               kName);
-  cuda::launch(kName, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kBytes, launch, problem, out);
+  cuda::launch(kName, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kBytes, launch, problem, q, out);
 }
 
 }  // namespace
@@ -49,8 +50,6 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
   const std::int64_t head_tiles = cuda::ceil_div<std::int64_t>(h_q, sparse_prefill_sm90::kHeads);
   const Problem problem{
       .q = a.q.data,
-      .q_token = a.q.stride[0],
-      .q_head = a.q.stride[1],
       .kv = a.kv.data,
       .kv_row = a.kv.stride[0],
       .indices = a.indices.as<const std::int32_t>(),
@@ -68,15 +67,19 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
       .softmax_scale = static_cast<float>(a.softmax_scale),
   };
   const bool bfloat = a.q.dtype == DType::bfloat16;
-  const CUtensorMap out = cuda::tile_map_16bit(
-      kName, bfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, a.out.data, a.out.size(2),
-      h_q, s_q, h_q > 1 ? a.out.stride[1] : a.out.size(2), s_q > 1 ? a.out.stride[0] : a.out.size(2), 16, 4);
+  const auto map = [&](const TensorView& rows, std::uint32_t box_rows, std::uint32_t box_tiles) {
+    const std::int64_t columns = rows.size(2);
+    return cuda::tile_map_16bit(kName, bfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                rows.data, columns, h_q, s_q, h_q > 1 ? rows.stride[1] : columns,
+                                s_q > 1 ? rows.stride[0] : columns, box_rows, box_tiles);
+  };
+  const CUtensorMap q = map(a.q, sparse_prefill_sm90::kHeads, 1), out = map(a.out, 16, 4);
   const bool wide = a.q.size(2) == 576;
   if (bfloat)
-    wide ? launch_prefill<__nv_bfloat16, 9>(problem, out, launch)
-         : launch_prefill<__nv_bfloat16, 8>(problem, out, launch);
+    wide ? launch_prefill<__nv_bfloat16, 9>(problem, q, out, launch)
+         : launch_prefill<__nv_bfloat16, 8>(problem, q, out, launch);
   else
-    wide ? launch_prefill<__half, 9>(problem, out, launch) : launch_prefill<__half, 8>(problem, out, launch);
+    wide ? launch_prefill<__half, 9>(problem, q, out, launch) : launch_prefill<__half, 8>(problem, q, out, launch);
 }
 
 }  // namespace dsm

@@ -9,8 +9,9 @@
 // A thread block works through items, each one query and 64 of its heads; keys come in pairs of blocks of 64. Three
 // warpgroups:
 //
-//   gatherer  takes items in their order, as blocks come to need one, and copies Q and the listed rows into shared
-//             memory, ahead of the others and across items
+//   gatherer  takes items in their order, as blocks come to need one, and brings Q and the listed rows into shared
+//             memory, ahead of the others and across items: Q by bulk copies, asked for in the L2 while its place is
+//             not free, rows 16 bytes a thread
 //   first     scores and weights of the first block of a pair, columns   0-255 of the output
 //   second    scores and weights of the second block,          columns 256-511 of the output
 //
@@ -31,14 +32,15 @@ namespace dsm::sparse_prefill_sm90 {
 
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
-    sparse_mla_prefill_sm90_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap out) {
+    sparse_mla_prefill_sm90_kernel(const __grid_constant__ Problem problem, const __grid_constant__ CUtensorMap q,
+                                   const __grid_constant__ CUtensorMap out) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte bytes[];
   Shared<kTiles>& shared = *reinterpret_cast<Shared<kTiles>*>(bytes);
   if (threadIdx.x == 0) {
     shared.q_free.init(8);
     for (int i = 0; i < 2; ++i) {
-      shared.q_ready[i].init(128);
+      shared.q_ready[i].init(1);
       shared.valid_ready[i].init(4);
       for (MBarrier& group : shared.k_ready[i]) group.init(128);
       for (MBarrier& half : shared.k_free[i]) half.init(4);
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     attend_second<T>(problem, out, shared);
   } else {
     give_registers<72>();
-    gather<T>(problem, shared);
+    gather<T>(problem, q, shared);
   }
 #endif
 }

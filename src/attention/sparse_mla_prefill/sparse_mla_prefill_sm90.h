@@ -7,20 +7,27 @@
 #include "dsm/sparse_mla.h"
 #include "src/core/registry.h"
 
-// Bound by the chip's power limit, by the L2's rate of rows and by shared memory: a pair of key blocks, 128 keys, is
-// 4352 cycles of products (d_qk 576) and takes 5710, the ends of queries included. H200, s_q 4096, bfloat16, random
-// rows, us | part of the limit (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel, padded to
-// 64 heads, in the same run, before the last change, which took 1.7 % off the first case and 3 % off that of 131072
-// keys:
+// Bound by the chip's power limit, by shared memory and by the L2's rate of rows: a pair of key blocks, 128 keys, is
+// 4352 cycles of products (d_qk 576), asks 4800 of shared memory's port, and takes 5600, the ends of queries included,
+// which are some 3500 a query and 64 heads. Without copies of rows it would take 7 % fewer with 8192 keys and 11 %
+// fewer with 131072, where two in five come from the device's memory. H200, s_q 4096, bfloat16, random rows, us | part
+// of the limit (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel, padded to 64 heads, in the
+// same run, before the last changes, which took 3.6 % off the first case, 2 % off those of topk 1024 and of 131072 keys
+// and 1 % off that of topk 512:
 //
 //   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3404 | 93 % | 3729      d_qk 512, h_q  64, topk  512:  468 | 79 % |  549
 //                                 s_kv  32768: 3559 | 89 % | 3957      d_qk 512, h_q 128, topk 1024: 1691 | 88 % | 1887
 //                                 s_kv 131072: 3774 | 84 % | 4119      d_qk 576, h_q  16, topk 2048: 1688 |102 % | 1900
 //
 // Weights relative to a maximum that may lag by 2^8 save 3 to 5 % of the time, as the output is rarely rescaled then,
-// and make the error 2 to 5 % larger. No gain: L2 prefetches of the next rows (11 % slower), P0 V0 begun with 32
-// keys or queued right behind S1, no fences behind the rows' arrival (they would be missing), keys let go 16 at a time,
-// blocks that begin at different times, queries cut between blocks so that all end alike.
+// and make the error 2 to 5 % larger. No gain: L2 prefetches of the next keys, line by line or by rows that the head
+// tiles of a query share (2 to 16 % slower), P0 V0 begun with 32 keys or queued right behind S1, no fences behind the
+// rows' arrival (they would be missing), keys let go 16 at a time, blocks that begin at different times, queries cut
+// between blocks so that all end alike, the output stored from registers (2 to 6 % slower) or its place let go before
+// the next S0, the last tile of Q kept in registers (it spills), rows that the L2 is to keep. Rows multicast to the
+// blocks of two head tiles come 128 bytes a copy, as tiles are swizzled: 50 cycles of the warp that asks for each, and
+// with eight warps 27 bytes a cycle, fewer than the 16-byte copies bring. How densely these follow each other matters
+// by 2 %, which the compiler decides: back to back, 8192 keys take longer and 131072 less.
 
 namespace dsm {
 
@@ -32,10 +39,9 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& args, const Launch& lau
 
 namespace sparse_prefill_sm90 {
 
-/// A call as the kernel sees it, but for the output, which has a tensor map. Strides count elements.
+/// A call as the kernel sees it, but for queries and output, which have tensor maps. Strides count elements.
 struct Problem {
-  const void* q;
-  std::int64_t q_token, q_head;
+  const void* q;  ///< only where it begins: rows of zeros are copied from an address, too
   const void* kv;
   std::int64_t kv_row;
   const std::int32_t* indices;

@@ -5,6 +5,7 @@
 
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90_memory.cuh"
 #include "src/cuda/copy/swizzled_rows.cuh"
+#include "src/cuda/ptx/bulk_copy.cuh"
 #include "src/cuda/reduce/warp.cuh"
 
 namespace dsm::sparse_prefill_sm90 {
@@ -12,9 +13,8 @@ namespace dsm::sparse_prefill_sm90 {
 using namespace cuda;
 
 template <class T, int kTiles>
-__device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
+__device__ void gather(const Problem& problem, const CUtensorMap& queries, Shared<kTiles>& shared) {
   const int warp = threadIdx.x % 128 / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const T* const q = static_cast<const T*>(problem.q);
   const T* const kv = static_cast<const T*>(problem.kv);
   std::uint32_t parity = 1, q_parity = 1;  // of the phase before
   // The first thread takes items, and says which.
@@ -30,22 +30,29 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
     const int keys = problem.topk_length ? min(max(problem.topk_length[query], 0), problem.topk) : problem.topk;
     const int pairs = max((keys + 2 * kKeys - 1) / (2 * kKeys), 1);
     const std::int32_t* const list = problem.indices + query * problem.indices_token;
-    const T* const heads = q + query * problem.q_token + first_head * problem.q_head;
-    const auto query_rows = [&] {
-      SourceRows rows;
-#pragma unroll
-      for (int i = 0; i < SourceRows::kCount; ++i) {
-        const int head = SourceRows::row(i);
-        rows.at[i] = first_head + head < problem.h_q ? heads + head * problem.q_head : nullptr;
-      }
-      return rows;
-    };
     // Lane l's index: of row 16 warp + l % 16 in block l / 16 of the pair.
     const auto index_of = [&](int pair) {
       const int at = pair * 2 * kKeys + lane / 16 * kKeys + 16 * warp + lane % 16;
       return at < keys ? list[at] : -1;
     };
     std::int32_t ahead = index_of(0);
+    // Q comes from the device's memory, once, and its place is not free yet.
+    if (first) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) tensor_prefetch_l2(queries, 0, first_head, tile, query);
+    }
+    // By one thread.
+    const auto fetch_query = [&] {
+      shared.q_free.wait(q_parity);
+#pragma unroll
+      for (int half : {kLeft, kRight}) {
+        const int begin = half == kLeft ? 0 : 4, end = half == kLeft ? 4 : kTiles;
+        shared.q_ready[half].arrive_expecting((end - begin) * sizeof(Tile));
+#pragma unroll
+        for (int tile = begin; tile < end; ++tile)
+          tensor_load(&shared.q[tile], queries, 0, first_head, tile, query, shared.q_ready[half], L2Hint::kEvictFirst);
+      }
+    };
     for (int pair = 0; pair < pairs; ++pair, parity ^= 1) {
       const std::int32_t index = ahead;
       ahead = index_of(pair + 1);
@@ -69,40 +76,33 @@ __device__ void gather(const Problem& problem, Shared<kTiles>& shared) {
       };
 
       if (pair + 1 == pairs && first) taken = gridDim.x + atomicAdd(problem.taken, 1);
-      if (pair == 0) {
-        shared.q_free.wait(q_parity);
-        copy_rows<0, 4>(shared.q, query_rows(), q);
-        shared.q_ready[kLeft].arrive_after_copies();
-      }
       const SourceRows rows0 = key_rows(0);
       shared.k_free[0][kLeft].wait(parity);
       tell_valid(0);
-      copy_rows<0, 2>(shared.k[0], rows0, q);
+      copy_rows<0, 2>(shared.k[0], rows0, problem.q);
       shared.k_ready[0][0].arrive_after_copies();
-      copy_rows<2, 4>(shared.k[0], rows0, q);
+      copy_rows<2, 4>(shared.k[0], rows0, problem.q);
       shared.k_ready[0][1].arrive_after_copies();
-      if (pair == 0) {
-        copy_rows<4, kTiles>(shared.q, query_rows(), q);
-        shared.q_ready[kRight].arrive_after_copies();
-      }
+      if (pair == 0 && first) fetch_query();
+      __syncwarp();
       shared.k_free[0][kRight].wait(parity);
-      copy_rows<4, 6>(shared.k[0], rows0, q);
+      copy_rows<4, 6>(shared.k[0], rows0, problem.q);
       shared.k_ready[0][2].arrive_after_copies();
-      copy_rows<6, kTiles>(shared.k[0], rows0, q);
+      copy_rows<6, kTiles>(shared.k[0], rows0, problem.q);
       shared.k_ready[0][3].arrive_after_copies();
 
       const SourceRows rows1 = key_rows(1);
       shared.k_free[1][kLeft].wait(parity);
       tell_valid(1);
-      copy_rows<0, 2>(shared.k[1], rows1, q);
+      copy_rows<0, 2>(shared.k[1], rows1, problem.q);
       shared.k_ready[1][0].arrive_after_copies();
-      copy_rows<2, 4>(shared.k[1], rows1, q);
-      copy_rows<8, kTiles>(shared.k[1], rows1, q);
+      copy_rows<2, 4>(shared.k[1], rows1, problem.q);
+      copy_rows<8, kTiles>(shared.k[1], rows1, problem.q);
       shared.k_ready[1][1].arrive_after_copies();
       shared.k_free[1][kRight].wait(parity);
-      copy_rows<4, 6>(shared.k[1], rows1, q);
+      copy_rows<4, 6>(shared.k[1], rows1, problem.q);
       shared.k_ready[1][2].arrive_after_copies();
-      copy_rows<6, 8>(shared.k[1], rows1, q);
+      copy_rows<6, 8>(shared.k[1], rows1, problem.q);
       shared.k_ready[1][3].arrive_after_copies();
     }
   }

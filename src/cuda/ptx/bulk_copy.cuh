@@ -55,6 +55,13 @@ __device__ __forceinline__ void tensor_multicast(void* shared, const CUtensorMap
       : "memory");
 }
 
+/// Asks the L2 for a box.
+__device__ __forceinline__ void tensor_prefetch_l2(const CUtensorMap& map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
+}
+
 /// Stores a box of a tensor from shared memory; what is outside the tensor is not stored. bulk_commit ends a group of
 /// stores, and bulk_wait_read waits until the thread's groups have read their shared memory.
 __device__ __forceinline__ void tensor_store(const CUtensorMap& map, const void* shared, int c0, int c1, int c2, int c3,
