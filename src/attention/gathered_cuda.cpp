@@ -6,9 +6,9 @@
 namespace dsm::attention {
 namespace {
 
-// Thread blocks that run at the same time, what beginning and ending one costs in tiles of keys, and how many splits
-// cost the merging kernel as much as a tile. Of a large GPU (132 processors); elsewhere they are merely not the best.
-constexpr std::int64_t kBlocksOfFewRows = 264, kBlocksOfFewRowsAndCodes = 396, kBlocksOfManyRows = 132;
+// Of a large GPU, elsewhere merely not the best: its processors, what beginning and ending a thread block costs in
+// tiles of keys, and how many splits cost the merging kernel as much as a tile.
+constexpr std::int64_t kProcessors = 132;
 constexpr std::int64_t kOverheadTiles = 8, kSplitsPerTile = 16;
 constexpr std::int64_t kInvariantSplits = 8;
 
@@ -18,7 +18,7 @@ std::size_t element_bytes(DType dtype) { return dtype == DType::float64 ? sizeof
 
 int GatheredWork::splits() const {
   const bool few = rows <= kMostOfFew;
-  const std::int64_t slots = !few ? kBlocksOfManyRows : codes ? kBlocksOfFewRowsAndCodes : kBlocksOfFewRows;
+  const std::int64_t slots = kProcessors * (few ? blocks : 1);
   const std::int64_t rows_at_once = few ? kFewRows : kManyRows;
   const std::int64_t blocks = units * ((rows + rows_at_once - 1) / rows_at_once);
   if (batch_invariant) {  // a request of many blocks needs no splits, whose outputs would take much memory

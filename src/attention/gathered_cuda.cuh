@@ -123,7 +123,9 @@ struct GatheredAttention {
       per_unit{1};  ///< rows of a query, units of a list, lists of a request, rows of a unit
 
   void set_dividers() {
-    const auto divider = [](std::int64_t n) { return cuda::Divider(static_cast<std::uint32_t>(n)); };
+    const auto divider = [](std::int64_t n) {
+      return cuda::Divider(static_cast<std::uint32_t>(std::max<std::int64_t>(n, 1)));
+    };
     per_group = divider(h_q / h_kv), per_list = divider(h_kv), per_request = divider(own_lists ? s_q : 1);
     per_unit = divider(rows());
   }
@@ -133,6 +135,13 @@ struct GatheredAttention {
   __host__ __device__ std::int64_t queries() const { return own_lists ? 1 : s_q; }
   __host__ __device__ std::int64_t rows() const { return queries() * group(); }
   __host__ __device__ std::int64_t units() const { return requests * (own_lists ? s_q : 1) * h_kv; }
+  /// All rows, for 16-bit queries. With others, less fits on a processor, be it registers or shared memory.
+  bool all_codes() const {
+    const auto codes = [](const KeyPool& pool) {
+      return pool.format > RowFormat::plain && pool.format <= RowFormat::v41_fp4;
+    };
+    return element_size(dtype) == 2 && codes(pools[0]) && (pool_count < 2 || codes(pools[1]));
+  }
   GatheredWork work() const {
     const bool two = pool_count > 1;
     return {.requests = requests,
@@ -141,7 +150,7 @@ struct GatheredAttention {
             .keys = pools[0].listed + (two ? pools[1].listed : 0),
             .d_v = d_v,
             .dtype = dtype,
-            .codes = pools[0].format != RowFormat::plain || (two && pools[1].format != RowFormat::plain),
+            .blocks = all_codes() ? 3 : 2,
             .batch_invariant = batch_invariant};
   }
 };
@@ -266,6 +275,13 @@ __device__ A probability(const GatheredAttention& p, std::int64_t request, int q
 }
 
 #endif
+
+/// Bytes of workspace that the problem needs, by its shapes and dtypes alone.
+inline std::size_t gathered_workspace(GatheredAttention problem) {
+  if (problem.requests * problem.s_q * problem.h_q == 0) return 0;
+  problem.set_dividers();
+  return problem.work().workspace_bytes();
+}
 
 /// Computes the problem on the call's stream. `operation` is for messages.
 void attend_gathered_cuda(const char* operation, const GatheredAttention& problem, const Launch& launch);

@@ -17,7 +17,7 @@ struct GatheredWork {
   std::int64_t keys;   ///< the most that a unit can have
   std::int64_t d_v;
   DType dtype;                   ///< of the queries
-  bool codes = false;            ///< some keys are not stored in the queries' dtype
+  std::int64_t blocks = 2;       ///< of few rows, which run at the same time on a processor
   bool batch_invariant = false;  ///< units are split in the same way, whatever the number of requests and of keys
 
   int splits() const;

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <string>
 
-#include "src/attention/gathered_cuda.h"
 #include "src/attention/key_count.h"
 #include "src/attention/mla_decode/mla_decode_sm90.h"
 #include "src/core/checks.h"
@@ -93,17 +92,10 @@ std::size_t mla_decode_workspace(const MlaDecodeArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
 #if DSM_WITH_CUDA
   if (decode.allows("sm90") && mla_decode_sm90_refusal(a).empty()) return mla_decode_sm90_workspace(a);
+  return mla_decode_cuda_workspace(a);
+#else
+  return 0;
 #endif
-  const std::int64_t h_kv = std::max<std::int64_t>(a.k_cache.size(2), 1);
-  return attention::GatheredWork{.requests = a.q.size(0),
-                                 .units = a.q.size(0) * h_kv,
-                                 .rows = a.q.size(1) * (a.q.size(2) / h_kv),
-                                 .keys = a.block_table.size(1) * a.k_cache.size(1),
-                                 .d_v = a.out.size(3),
-                                 .dtype = a.q.dtype,
-                                 .codes = a.k_cache.dtype != a.q.dtype,
-                                 .batch_invariant = a.batch_invariant}
-      .workspace_bytes();
 }
 
 }  // namespace dsm

@@ -7,5 +7,6 @@ namespace dsm {
 
 void mla_decode_cpu(const MlaDecodeArgs& args, const Launch& launch);
 void mla_decode_cuda(const MlaDecodeArgs& args, const Launch& launch);
+std::size_t mla_decode_cuda_workspace(const MlaDecodeArgs& args);
 
 }  // namespace dsm

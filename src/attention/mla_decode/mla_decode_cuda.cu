@@ -3,9 +3,10 @@
 #include "src/attention/mla_decode/mla_decode.h"
 
 namespace dsm {
+namespace {
 
 /// The queries of a request share its table, and a tile of keys serves as many of them as a block has rows for.
-void mla_decode_cuda(const MlaDecodeArgs& a, const Launch& launch) {
+attention::GatheredAttention problem(const MlaDecodeArgs& a) {
   const std::int64_t s_q = a.q.size(1), h_q = a.q.size(2);
   attention::KeyPool pool;
   pool.data = a.k_cache.as<const std::uint8_t>();
@@ -19,31 +20,37 @@ void mla_decode_cuda(const MlaDecodeArgs& a, const Launch& launch) {
   pool.list_request = attention::step(a.block_table, 0);
   pool.listed = a.block_table.size(1) * a.k_cache.size(1);
   pool.lengths = a.cache_seqlens.as<const std::int32_t>();
-  attention::attend_gathered_cuda("mla_decode",
-                                  {.dtype = a.q.dtype,
-                                   .requests = a.q.size(0),
-                                   .s_q = s_q,
-                                   .h_q = h_q,
-                                   .h_kv = a.k_cache.size(2),
-                                   .d_qk = a.q.size(3),
-                                   .d_v = a.out.size(3),
-                                   .own_lists = false,
-                                   .causal = a.causal,
-                                   .softmax_scale = a.softmax_scale,
-                                   .batch_invariant = a.batch_invariant,
-                                   .q = a.q.data,
-                                   .q_strides = attention::strides(a.q),
-                                   .out = a.out.data,
-                                   .out_strides = attention::strides(a.out),
-                                   .lse = a.lse.data,
-                                   .max_logits = nullptr,
-                                   .lse_strides = {h_q * s_q, 1, s_q},
-                                   .attn_sink = nullptr,
-                                   .k_scale = a.k_scale.as<const float>(),
-                                   .key_probs = nullptr,
-                                   .pool_count = 1,
-                                   .pools = {pool}},
-                                  launch);
+  return {.dtype = a.q.dtype,
+          .requests = a.q.size(0),
+          .s_q = s_q,
+          .h_q = h_q,
+          .h_kv = std::max<std::int64_t>(a.k_cache.size(2), 1),
+          .d_qk = a.q.size(3),
+          .d_v = a.out.size(3),
+          .own_lists = false,
+          .causal = a.causal,
+          .softmax_scale = a.softmax_scale,
+          .batch_invariant = a.batch_invariant,
+          .q = a.q.data,
+          .q_strides = attention::strides(a.q),
+          .out = a.out.data,
+          .out_strides = attention::strides(a.out),
+          .lse = a.lse.data,
+          .max_logits = nullptr,
+          .lse_strides = {h_q * s_q, 1, s_q},
+          .attn_sink = nullptr,
+          .k_scale = a.k_scale.as<const float>(),
+          .key_probs = nullptr,
+          .pool_count = 1,
+          .pools = {pool}};
 }
+
+}  // namespace
+
+void mla_decode_cuda(const MlaDecodeArgs& a, const Launch& launch) {
+  attention::attend_gathered_cuda("mla_decode", problem(a), launch);
+}
+
+std::size_t mla_decode_cuda_workspace(const MlaDecodeArgs& a) { return attention::gathered_workspace(problem(a)); }
 
 }  // namespace dsm

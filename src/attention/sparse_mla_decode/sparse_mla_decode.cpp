@@ -5,7 +5,6 @@
 #include <cmath>
 #include <string>
 
-#include "src/attention/gathered_cuda.h"
 #include "src/attention/key_count.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
 #include "src/core/checks.h"
@@ -85,17 +84,10 @@ std::size_t sparse_mla_decode_workspace(const SparseMlaDecodeArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
 #if DSM_WITH_CUDA
   if (decode.allows("sm90") && sparse_mla_decode_sm90_refusal(a).empty()) return sparse_mla_decode_sm90_workspace(a);
+  return sparse_mla_decode_cuda_workspace(a);
+#else
+  return 0;
 #endif
-  return attention::GatheredWork{
-      .requests = a.q.size(0),
-      .units = a.q.size(0) * a.q.size(1),
-      .rows = a.q.size(2),
-      .keys = a.indices.size(2) + (a.extra_indices ? a.extra_indices.size(2) : 0),
-      .d_v = a.out.size(3),
-      .dtype = a.q.dtype,
-      .codes = a.k_cache.dtype != a.q.dtype || (a.extra_k_cache && a.extra_k_cache.dtype != a.q.dtype),
-      .batch_invariant = a.batch_invariant}
-      .workspace_bytes();
 }
 
 }  // namespace dsm

@@ -7,5 +7,6 @@ namespace dsm {
 
 void sparse_mla_decode_cpu(const SparseMlaDecodeArgs& args, const Launch& launch);
 void sparse_mla_decode_cuda(const SparseMlaDecodeArgs& args, const Launch& launch);
+std::size_t sparse_mla_decode_cuda_workspace(const SparseMlaDecodeArgs& args);
 
 }  // namespace dsm

@@ -26,39 +26,44 @@ attention::KeyPool pool_of(const TensorView& cache, const TensorView& indices, c
   return pool;
 }
 
+/// The heads of a query share its lists, the second one's keys following the first one's.
+attention::GatheredAttention problem(const SparseMlaDecodeArgs& a) {
+  const std::int64_t s_q = a.q.size(1), h_q = a.q.size(2);
+  return {.dtype = a.q.dtype,
+          .requests = a.q.size(0),
+          .s_q = s_q,
+          .h_q = h_q,
+          .h_kv = 1,
+          .d_qk = a.q.size(3),
+          .d_v = a.out.size(3),
+          .own_lists = true,
+          .causal = false,
+          .softmax_scale = a.softmax_scale,
+          .batch_invariant = a.batch_invariant,
+          .q = a.q.data,
+          .q_strides = attention::strides(a.q),
+          .out = a.out.data,
+          .out_strides = attention::strides(a.out),
+          .lse = a.lse.data,
+          .max_logits = nullptr,
+          .lse_strides = {h_q * s_q, 1, s_q},
+          .attn_sink = a.attn_sink.data,
+          .k_scale = nullptr,
+          .key_probs = nullptr,
+          .pool_count = a.extra_k_cache ? 2 : 1,
+          .pools = {pool_of(a.k_cache, a.indices, a.topk_length, a.q.dtype),
+                    a.extra_k_cache ? pool_of(a.extra_k_cache, a.extra_indices, a.extra_topk_length, a.q.dtype)
+                                    : attention::KeyPool()}};
+}
+
 }  // namespace
 
-/// The heads of a query share its lists, the second one's keys following the first one's.
 void sparse_mla_decode_cuda(const SparseMlaDecodeArgs& a, const Launch& launch) {
-  const std::int64_t s_q = a.q.size(1), h_q = a.q.size(2);
-  attention::attend_gathered_cuda(
-      "sparse_mla_decode",
-      {.dtype = a.q.dtype,
-       .requests = a.q.size(0),
-       .s_q = s_q,
-       .h_q = h_q,
-       .h_kv = 1,
-       .d_qk = a.q.size(3),
-       .d_v = a.out.size(3),
-       .own_lists = true,
-       .causal = false,
-       .softmax_scale = a.softmax_scale,
-       .batch_invariant = a.batch_invariant,
-       .q = a.q.data,
-       .q_strides = attention::strides(a.q),
-       .out = a.out.data,
-       .out_strides = attention::strides(a.out),
-       .lse = a.lse.data,
-       .max_logits = nullptr,
-       .lse_strides = {h_q * s_q, 1, s_q},
-       .attn_sink = a.attn_sink.data,
-       .k_scale = nullptr,
-       .key_probs = nullptr,
-       .pool_count = a.extra_k_cache ? 2 : 1,
-       .pools = {pool_of(a.k_cache, a.indices, a.topk_length, a.q.dtype),
-                 a.extra_k_cache ? pool_of(a.extra_k_cache, a.extra_indices, a.extra_topk_length, a.q.dtype)
-                                 : attention::KeyPool()}},
-      launch);
+  attention::attend_gathered_cuda("sparse_mla_decode", problem(a), launch);
+}
+
+std::size_t sparse_mla_decode_cuda_workspace(const SparseMlaDecodeArgs& a) {
+  return attention::gathered_workspace(problem(a));
 }
 
 }  // namespace dsm

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "src/attention/gathered_cuda.h"
 #include "src/attention/sparse_mla_checks.h"
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90.h"
 #include "src/core/registry.h"
@@ -45,15 +44,10 @@ std::size_t sparse_mla_prefill_workspace(const SparseMlaPrefillArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
 #if DSM_WITH_CUDA
   if (prefill.allows("sm90") && sparse_mla_prefill_sm90_refusal(a).empty()) return sparse_mla_prefill_sm90_workspace(a);
+  return sparse_mla_prefill_cuda_workspace(a);
+#else
+  return 0;
 #endif
-  const std::int64_t h_kv = std::max<std::int64_t>(a.kv.size(1), 1);
-  return attention::GatheredWork{.requests = a.q.size(0),
-                                 .units = a.q.size(0) * h_kv,
-                                 .rows = a.q.size(1) / h_kv,
-                                 .keys = a.indices.size(2),
-                                 .d_v = a.out.size(2),
-                                 .dtype = a.q.dtype}
-      .workspace_bytes();
 }
 
 }  // namespace dsm

@@ -7,5 +7,6 @@ namespace dsm {
 
 void sparse_mla_prefill_cpu(const SparseMlaPrefillArgs& args, const Launch& launch);
 void sparse_mla_prefill_cuda(const SparseMlaPrefillArgs& args, const Launch& launch);
+std::size_t sparse_mla_prefill_cuda_workspace(const SparseMlaPrefillArgs& args);
 
 }  // namespace dsm

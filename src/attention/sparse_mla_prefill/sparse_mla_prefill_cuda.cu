@@ -4,17 +4,11 @@
 #include "src/cuda/launch/launch.h"
 
 namespace dsm {
+namespace {
 
 /// Each query counts as a request of one position.
-void sparse_mla_prefill_cuda(const SparseMlaPrefillArgs& a, const Launch& launch) {
+attention::GatheredAttention problem(const SparseMlaPrefillArgs& a) {
   const std::int64_t h_q = a.q.size(1);
-  if (h_q == 0) {
-    if (a.key_probs)
-      cuda::check(cudaMemsetAsync(a.key_probs.data, 0, a.key_probs.numel() * element_size(a.key_probs.dtype),
-                                  static_cast<cudaStream_t>(launch.stream)),
-                  "sparse_mla_prefill");
-    return;
-  }
   attention::KeyPool pool;
   pool.data = a.kv.as<const std::uint8_t>();
   pool.row_bytes = attention::step_bytes(a.kv, 0);
@@ -28,31 +22,46 @@ void sparse_mla_prefill_cuda(const SparseMlaPrefillArgs& a, const Launch& launch
   const auto of_query = [](const TensorView& tensor) {
     return attention::Strides{attention::step(tensor, 0), 0, attention::step(tensor, 1)};
   };
-  attention::attend_gathered_cuda("sparse_mla_prefill",
-                                  {.dtype = a.q.dtype,
-                                   .requests = a.q.size(0),
-                                   .s_q = 1,
-                                   .h_q = h_q,
-                                   .h_kv = a.kv.size(1),
-                                   .d_qk = a.q.size(2),
-                                   .d_v = a.out.size(2),
-                                   .own_lists = true,
-                                   .causal = false,
-                                   .softmax_scale = a.softmax_scale,
-                                   .batch_invariant = false,
-                                   .q = a.q.data,
-                                   .q_strides = of_query(a.q),
-                                   .out = a.out.data,
-                                   .out_strides = of_query(a.out),
-                                   .lse = a.lse.data,
-                                   .max_logits = a.max_logits.data,
-                                   .lse_strides = {h_q, 0, 1},
-                                   .attn_sink = a.attn_sink.data,
-                                   .k_scale = nullptr,
-                                   .key_probs = a.key_probs.data,
-                                   .pool_count = 1,
-                                   .pools = {pool}},
-                                  launch);
+  return {.dtype = a.q.dtype,
+          .requests = a.q.size(0),
+          .s_q = 1,
+          .h_q = h_q,
+          .h_kv = std::max<std::int64_t>(a.kv.size(1), 1),
+          .d_qk = a.q.size(2),
+          .d_v = a.out.size(2),
+          .own_lists = true,
+          .causal = false,
+          .softmax_scale = a.softmax_scale,
+          .batch_invariant = false,
+          .q = a.q.data,
+          .q_strides = of_query(a.q),
+          .out = a.out.data,
+          .out_strides = of_query(a.out),
+          .lse = a.lse.data,
+          .max_logits = a.max_logits.data,
+          .lse_strides = {h_q, 0, 1},
+          .attn_sink = a.attn_sink.data,
+          .k_scale = nullptr,
+          .key_probs = a.key_probs.data,
+          .pool_count = 1,
+          .pools = {pool}};
+}
+
+}  // namespace
+
+void sparse_mla_prefill_cuda(const SparseMlaPrefillArgs& a, const Launch& launch) {
+  if (a.q.size(1) == 0) {
+    if (a.key_probs)
+      cuda::check(cudaMemsetAsync(a.key_probs.data, 0, a.key_probs.numel() * element_size(a.key_probs.dtype),
+                                  static_cast<cudaStream_t>(launch.stream)),
+                  "sparse_mla_prefill");
+    return;
+  }
+  attention::attend_gathered_cuda("sparse_mla_prefill", problem(a), launch);
+}
+
+std::size_t sparse_mla_prefill_cuda_workspace(const SparseMlaPrefillArgs& a) {
+  return attention::gathered_workspace(problem(a));
 }
 
 }  // namespace dsm
