@@ -93,6 +93,7 @@ class Line {
     const bool begun = at > first_part * length() && !apart_;  // by the request before
     return {2 * first_part + begun, length_.quotient(share.last) - first_part + 1};
   }
+  DSM_HD_INLINE bool apart() const { return apart_; }
   DSM_HD_INLINE int length() const { return static_cast<int>(length_.divisor); }
 
  private:
@@ -125,6 +126,9 @@ struct EqualRequests {
 
   EqualRequests() = default;
   EqualRequests(const Keys& keys, int parts);
+
+  /// Whether each is one piece, so that there is nothing to add up.
+  bool whole() const { return line.apart() && line.length() >= blocks; }
 };
 
 /// Batch-invariant pieces have at least so many blocks, and a request at most so many of them.

@@ -186,7 +186,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   } else {
     run_many();
   }
-  if (split_kv::cuts_requests(parts, batch, a.batch_invariant))
+  const bool whole = keys.equal() && keys.invariant_pieces == 0 && problem.equal.whole();
+  if (split_kv::cuts_requests(parts, batch, a.batch_invariant) && !whole)
     split_kv::combine(name, problem.pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }
 
