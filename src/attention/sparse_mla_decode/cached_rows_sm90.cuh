@@ -66,7 +66,8 @@ struct Pieces {
   static constexpr int kScaleBytes =
       Record::kQuantized / Record::kGroup * static_cast<int>(sizeof(typename Record::Scale));
   static constexpr int kScales = (kScaleBytes + 15) / 16;
-  static constexpr int kLot = (kCodes + kTail + 1) / 2;  // codes and tail come in two lots
+  static constexpr int kLot = (kCodes + kTail + 1) / 2;        // codes and tail come in two lots
+  static constexpr int kFirstTiles = kE2m1 ? 2 * kLot : kLot;  // that the first lot fills
 };
 
 /// The row among kRowsPerWarp that a lane helps to bring: rows r and r ^ 5 side by side, so that neither the stores of
@@ -102,6 +103,10 @@ __device__ __forceinline__ uint4 load_piece(std::uint32_t from) {
                : "r"(from)
                : "memory");
   return piece;
+}
+/// 8 bytes of shared memory as the first half of a piece.
+__device__ __forceinline__ void load_half_piece(uint4& piece, std::uint32_t from) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(piece.x), "=r"(piece.y) : "r"(from) : "memory");
 }
 __device__ __forceinline__ void store_chunk(std::uint32_t to, const std::uint32_t (&chunk)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(chunk[0]), "r"(chunk[1]), "r"(chunk[2]),
@@ -149,6 +154,18 @@ __device__ __forceinline__ float2 e4m3_pair(std::uint32_t codes) {
   return __half22float2(halves);
 }
 
+/// Four numbers E4M3, in two pairs. The instruction takes either half of a word.
+__device__ __forceinline__ void e4m3_pairs(std::uint32_t codes, float2 (&pairs)[2]) {
+  __half2 halves[2];
+  asm("{ .reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(reinterpret_cast<std::uint32_t&>(halves[0])), "=r"(reinterpret_cast<std::uint32_t&>(halves[1]))
+      : "r"(codes));
+  pairs[0] = __half22float2(halves[0]), pairs[1] = __half22float2(halves[1]);
+}
+
 /// A scale that is exact in bfloat16, as are its products with codes.
 struct ExactScale {
   __nv_bfloat162 scale;
@@ -194,7 +211,11 @@ __device__ __forceinline__ void store_e4m3(const uint4& codes, Scale scale, std:
   for (int half = 0; half < 2; ++half) {
     std::uint32_t chunk[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) chunk[i] = scale.times(e4m3_pair(word(codes, 2 * half + i / 2) >> 16 * (i % 2)));
+    for (int i = 0; i < 4; i += 2) {
+      float2 pairs[2];
+      e4m3_pairs(word(codes, 2 * half + i / 2), pairs);
+      chunk[i] = scale.times(pairs[0]), chunk[i + 1] = scale.times(pairs[1]);
+    }
     store_chunk(column_tile + cuda::swizzled(row, lane % kLanesPerRow * 2 + half), chunk);
   }
 }

@@ -95,10 +95,12 @@ __global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Few::Shared*>(memory + (-cuda::shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
     for (int i = 0; i < kKeyBuffers; ++i) {
-      shared.full[i].init(kBringingWarps<Record>);
-      shared.empty[i].init(kWarpgroup / 32);
+      for (int lot = 0; lot < 2; ++lot) {
+        shared.full[i][lot].init(kConverters);
+        shared.empty[i][lot].init(Few::kWarps);
+      }
     }
-    for (auto& rows : shared.rows) rows.landed.init(1);
+    for (auto& rows : shared.rows) rows.init();
     cuda::fence_barrier_init();
   }
   __syncthreads();
@@ -106,11 +108,13 @@ __global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
   cuda::release_next_kernel();
   if (part.last_request < part.first_request) return;
 
-  const int warpgroup = __shfl_sync(cuda::kAllLanes, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
+  const int warp = __shfl_sync(cuda::kAllLanes, threadIdx.x / 32, 0) - Few::kWarps;
+  if (warp < 0) {
     Few::weigh_keys(p, part, shared);
+  } else if (warp < kConverters) {
+    convert_rows<Record, Extra>(part, shared, warp);
   } else {
-    bring_copied_keys<Record, Extra>(p, part, shared, threadIdx.x / 32 - kWarpgroup / 32);
+    copy_rows<Record, Extra>(p, part, shared, warp - kConverters);
   }
 #endif
 }

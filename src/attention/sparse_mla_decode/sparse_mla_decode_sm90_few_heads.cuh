@@ -4,52 +4,54 @@
 #include <cstdint>
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
-#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_consumer.cuh"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_softmax.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_row_copies.cuh"
+#include "src/cuda/copy/async.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
 #include "src/cuda/ptx/wgmma.cuh"
 
 // Sparse decode of up to 16 heads. Tensor cores take 64 rows at a time, so that keys and columns of the values are the
 // rows, and heads the columns, of transposed products: scores Sᵀ = K Qᵀ, output Oᵀ = Vᵀ Pᵀ. One warpgroup makes all of
-// it, 80 numbers of a thread; two bring keys.
+// it, 80 numbers of a thread; two convert rows, which two warps more have copied.
 //
-// Bound by those who bring keys. 64 keys take them 3900 cycles: 350 to 1200 to take the rows from shared memory, 1000
-// to 1900 to have the next ones copied, as the copy engine takes some 20 cycles for a row, 900 to 1400 to convert them;
-// that memory is hardly waited for. The other warpgroup needs 2700 of it (scores 860, weights 930, values 930). The
-// port of shared memory alone would allow 2600.
+// Bound by the warpgroup that makes it. 64 keys take it 3500 cycles (scores 1000 to 1250, weights 900 to 1150, values
+// 1200 to 1300), or 2700 with the port of shared memory to itself, of which all together need 2600. Of V3.2 there is
+// room for one block of rows to be copied, which takes nearly as long: 1400 to 2500 to ask for them, then the memory's
+// latency. Rows are marked to give way first in the L2, as nobody reads them again: what they would drive out has often
+// to be written first (5 % of the time; the benchmark's L2 is full of such lines). What did not help: values in a
+// warpgroup of their own (the two products wait for each other at the port, and the weights for both: as fast with V4,
+// 8 % slower with V3.2); scores of the next keys beside the weights of these (10 to 20 % slower); copies by the lanes
+// that convert (1 to 5 % slower: memory that is busy stops them); what ends a request gone through once beforehand.
 //
 // H200, 16 heads, us end to end, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS) and the same with the kernel
-// for 64 heads: V4, 128 + 512: batch 2 13.7 (0.2; 17.0), 16 17.9 (1.8; 21.8), 64 25.7 (6; 33.2), 128 36.6 (12; 47.6).
-// V3.2, 2048: batch 2 14.9, 16 23.6, 64 50.6, 128 84.5 (41; 117).
+// for 64 heads: V4, 128 + 512: batch 2 13.6 (0.2; 17.0), 16 16.3 (1.8; 21.8), 64 22.9 (6; 33.2), 128 29.4 (12; 47.6).
+// V3.2, 2048: batch 2 15.6, 64 46.9, 128 79.2 (41; 117).
 
 namespace dsm::sparse_mla_sm90 {
 
 template <class Record, class Extra>
-struct FewHeads {
-  static constexpr int kTileHeads = 16;  // of a thread block
-  static constexpr int kThreads = 3 * kWarpgroup;
-  static constexpr int kWarps = kWarpgroup / 32;
+struct FewHeads : FewHeadsSoftmax {
+  static constexpr int kThreads = kWarpgroup + (kConverters + kCopiers) * 32;
   static constexpr int kTiles = Record::kWidth / 64;
   static constexpr std::uint32_t kQueryTileBytes = kTileHeads * 128;
-  static constexpr int kOwnHeads = kTileHeads / 4;  // of a thread: number 2 j + k is head 8 j + 2 (lane % 4) + k
+  static constexpr int kFirstTiles = Pieces<Record>::kFirstTiles;
+  static_assert(kFirstTiles == Pieces<Extra>::kFirstTiles);
 
   struct Shared {
-    alignas(1024) std::uint8_t keys[kKeyBuffers][kTiles * kTileBytes];  // swizzled tiles of 64 columns, as q
-    alignas(1024) std::uint8_t q[kTiles * kQueryTileBytes];
+    static constexpr std::size_t kKeyBytes = kTiles * kTileBytes, kQueryBytes = kTiles * kQueryTileBytes;
+    using Rows = CopiedRows<Record, Extra>;
+    /// Halves of blocks that are copied before they are converted: as many as there is room for.
+    static constexpr int kRows =
+        kKeyBuffers * kKeyBytes + kQueryBytes + kQueryTileBytes + 4 * sizeof(Rows) <= 225 * 1024 ? 4 : 2;
+
+    alignas(1024) std::uint8_t keys[kKeyBuffers][kKeyBytes];  // swizzled tiles of 64 columns, as q
+    alignas(1024) std::uint8_t q[kQueryBytes];
     alignas(1024) std::uint8_t weights[kQueryTileBytes];  // a swizzled tile: heads by keys
-    RawRows<Record, Extra> rows[kKeys / kRowsPerWarp];    // of each warp that brings keys
-    alignas(16) float of_warps[kTileHeads][kWarps];       // of each head, what a warp's keys come to
-    std::uint8_t valid[kKeyBuffers][kKeys / 8];           // bit per key
-    cuda::MBarrier full[kKeyBuffers], empty[kKeyBuffers];
+    Rows rows[kRows];
+    alignas(16) OfWarps of_warps;
+    std::uint8_t valid[kKeyBuffers][kKeys / 8];                  // bit per key
+    cuda::MBarrier full[kKeyBuffers][2], empty[kKeyBuffers][2];  // of the first and the last columns
   };
-
-  /// As wgmma has them: of the thread's keys (or columns) 16 warp + lane / 4 + 8 i, number 4 j + 2 i + k is of its head
-  /// 2 j + k.
-  using Product = float[kTileHeads / 2];
-
-  __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static int head(int own) { return own / 2 * 8 + lane() % 4 * 2 + own % 2; }
 
   /// Asks for the queries of a request, zeros for heads that are none.
   __device__ __forceinline__ static void ask_queries(const Problem& p, int request, Shared& shared) {
@@ -61,97 +63,35 @@ struct FewHeads {
       const std::uint32_t to = cuda::shared_address(shared.q) + cuda::swizzled(row, chunk);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + t * kQueryTileBytes),
-                     "l"(from + 64 * t), "r"(row < p.h_q ? 16 : 0)
-                     : "memory");
+        cuda::copy_async<16>(to + t * kQueryTileBytes, from + 64 * t, row < p.h_q ? 16 : 0);
     }
+    cuda::end_copy_group();
+  }
+
+  __device__ __forceinline__ static void await_queries() {
+    cuda::await_copy_groups<0>();
+    cuda::fence_async_shared();
+    cuda::named_sync(kWeighing, kWarpgroup);
   }
 
   /// Scores of a block of keys when it is there, not waited for.
   __device__ __forceinline__ static void multiply_queries(Product& s, Shared& shared, Use use) {
-    shared.full[use.buffer()].wait(use.parity());
     const std::uint64_t keys = cuda::k_major(shared.keys[use.buffer()]), q = cuda::k_major(shared.q);
-    cuda::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < Record::kWidth / 16; ++k)
-      cuda::wgmma_m64n16<__nv_bfloat16, cuda::Major::k>(s, cuda::advanced(keys, k / 4 * kTileBytes + k % 4 * 32),
-                                                        cuda::advanced(q, k / 4 * kQueryTileBytes + k % 4 * 32),
-                                                        k != 0);
-    cuda::wgmma_commit();
-  }
-
-  /// Combines numbers of a thread's own heads over all keys of the warpgroup; all of its threads wait for each other.
-  template <class Op>
-  __device__ __forceinline__ static void combine_keys(float (&x)[kOwnHeads], Shared& shared, Op op) {
-    float mine[kOwnHeads];
+    for (int lot = 0; lot < 2; ++lot) {
+      shared.full[use.buffer()][lot].wait(use.parity());
+      cuda::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kOwnHeads; ++i) mine[i] = x[i];
-    // Of two lanes one takes over half of the heads, the other one the other half.
-#pragma unroll
-    for (int step = 0; step < 3; ++step) {
-      const int apart = 16 >> step, left = kOwnHeads >> (step + 1);
-      const bool upper = threadIdx.x & apart;
-      if (left == 0) mine[0] = op(mine[0], __shfl_xor_sync(cuda::kAllLanes, mine[0], apart));  // one is left
-#pragma unroll
-      for (int i = 0; i < left; ++i) {
-        const float got = __shfl_xor_sync(cuda::kAllLanes, upper ? mine[i] : mine[i + left], apart);
-        mine[i] = op(upper ? mine[i + left] : mine[i], got);
-      }
-    }
-    shared.of_warps[head(lane() * kOwnHeads / 32)][warp()] = mine[0];
-    cuda::named_sync(kScores, kWarpgroup);
-#pragma unroll
-    for (int i = 0; i < kOwnHeads; ++i) {
-      const float4 all = *reinterpret_cast<const float4*>(shared.of_warps[head(i)]);
-      x[i] = op(op(all.x, all.y), op(all.z, all.w));
+      for (int k = lot == 0 ? 0 : 4 * kFirstTiles; k < (lot == 0 ? 4 * kFirstTiles : 4 * kTiles); ++k)
+        cuda::wgmma_m64n16<__nv_bfloat16, cuda::Major::k>(s, cuda::advanced(keys, k / 4 * kTileBytes + k % 4 * 32),
+                                                          cuda::advanced(q, k / 4 * kQueryTileBytes + k % 4 * 32),
+                                                          k != 0);
+      cuda::wgmma_commit();
     }
   }
-
-  /// The running softmax of a thread's own heads. Sums are over the thread's own keys.
-  struct Softmax {
-    float most[kOwnHeads], sum[kOwnHeads];
-
-    __device__ Softmax() {
-#pragma unroll
-      for (int i = 0; i < kOwnHeads; ++i) most[i] = -INFINITY, sum[i] = 0;
-    }
-
-    /// Scores become weights (scale > 0); returns in `factors` what earlier ones are to be multiplied by.
-    __device__ __forceinline__ void weigh(Product& s, const std::uint8_t* valid, float scale, Shared& shared,
-                                          float (&factors)[kOwnHeads]) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool is_key = valid[2 * warp() + i] >> lane() / 4 & 1;
-#pragma unroll
-        for (int own = 0; own < kOwnHeads; ++own) {
-          float& score = s[own / 2 * 4 + 2 * i + own % 2];
-          if (!is_key) score = -INFINITY;
-        }
-      }
-      float block_most[kOwnHeads];
-#pragma unroll
-      for (int own = 0; own < kOwnHeads; ++own)
-        block_most[own] = fmaxf(s[own / 2 * 4 + own % 2], s[own / 2 * 4 + 2 + own % 2]);
-      combine_keys(block_most, shared, [](float x, float y) { return fmaxf(x, y); });
-#pragma unroll
-      for (int own = 0; own < kOwnHeads; ++own) {
-        const float now = fmaxf(most[own], block_most[own] * scale), base = now == -INFINITY ? 0 : now;
-        factors[own] = cuda::power_of_two(most[own] - base);
-        most[own] = now;
-        float added = 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[own / 2 * 4 + 2 * i + own % 2];
-          x = cuda::power_of_two(fmaf(x, scale, -base));
-          added += x;
-        }
-        sum[own] = sum[own] * factors[own] + added;
-      }
-    }
-  };
 
   /// Weights to shared memory, where products of all four warps take them.
-  __device__ __forceinline__ static void store_weights(const Product& weights, Shared& shared) {
+  __device__ __forceinline__ static void store_weights(const Product& weights, std::uint8_t* tile) {
 #pragma unroll
     for (int j = 0; j < kTileHeads / 8; j += 2) {
       std::uint32_t words[4];
@@ -161,9 +101,9 @@ struct FewHeads {
         words[m] = cuda::rounded_pair<__nv_bfloat16>(pair[0], pair[1]);
       }
       const int matrix = lane() / 8;
-      cuda::store_transposed(cuda::shared_address(shared.weights) +
-                                 cuda::swizzled(8 * (j + matrix / 2) + lane() % 8, 2 * warp() + matrix % 2),
-                             words);
+      cuda::store_transposed(
+          cuda::shared_address(tile) + cuda::swizzled(8 * (j + matrix / 2) + lane() % 8, 2 * warp() + matrix % 2),
+          words);
     }
     cuda::fence_async_shared();
   }
@@ -182,21 +122,32 @@ struct FewHeads {
 #pragma unroll
         for (int i = 0; i < kTileHeads / 2; ++i) values[t][i] *= factors[i / 4 * 2 + i % 2];
     }
+    /// Adds products of a block of keys, each half of whose columns is let go when it is done with.
     __device__ __forceinline__ void add_products(Shared& shared, Use use) {
       const std::uint64_t keys = cuda::m_major(shared.keys[use.buffer()]), weights = cuda::k_major(shared.weights);
 #pragma unroll
       for (int t = 0; t < kValues / 64; ++t) cuda::wgmma_registers(values[t]);
       cuda::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k)
+      for (int lot = 0; lot < 2; ++lot) {
 #pragma unroll
-        for (int t = 0; t < kValues / 64; ++t)
-          cuda::wgmma_m64n16<__nv_bfloat16, cuda::Major::m>(values[t], cuda::advanced(keys, t * kTileBytes + k * 2048),
-                                                            cuda::advanced(weights, k * 32), true);
-      cuda::wgmma_commit();
+        for (int k = 0; k < kKeys / 16; ++k)
+#pragma unroll
+          for (int t = lot == 0 ? 0 : kFirstTiles; t < (lot == 0 ? kFirstTiles : kValues / 64); ++t)
+            cuda::wgmma_m64n16<__nv_bfloat16, cuda::Major::m>(
+                values[t], cuda::advanced(keys, t * kTileBytes + k * 2048), cuda::advanced(weights, k * 32), true);
+        cuda::wgmma_commit();
+      }
+      cuda::wgmma_wait<1>();
+      release(shared.empty[use.buffer()][0]);
       cuda::wgmma_wait<0>();
+      release(shared.empty[use.buffer()][1]);
 #pragma unroll
       for (int t = 0; t < kValues / 64; ++t) cuda::wgmma_registers(values[t]);
+    }
+    __device__ __forceinline__ static void release(cuda::MBarrier& empty) {
+      __syncwarp();
+      if (lane() == 0) empty.arrive();
     }
 
     /// Where rows are heads, this is lane() of the warp.
@@ -237,20 +188,29 @@ struct FewHeads {
     }
   };
 
+  /// Base 2 logarithms of what is added to the sums of a thread's own heads of finished requests.
+  struct Sinks {
+    float logarithm[kOwnHeads];
+
+    __device__ explicit Sinks(const Problem& p) {
+#pragma unroll
+      for (int i = 0; i < kOwnHeads; ++i)
+        logarithm[i] = p.attn_sink && head(i) < p.h_q ? p.attn_sink[head(i)] * kLog2e : -INFINITY;
+    }
+  };
+
   /// Factors of finished heads, whose statistics go to the result or the workspace.
-  __device__ __forceinline__ static void finish(const Problem& p, Softmax& softmax, Shared& shared, int request,
-                                                int slot, float (&factors)[kOwnHeads]) {
+  __device__ __forceinline__ static void finish(const Problem& p, const Sinks& sinks, Softmax& softmax, Shared& shared,
+                                                int request, int slot, float (&factors)[kOwnHeads]) {
     static_assert(kTileHeads == split_kv::kStripRows);
     const int position = RowTile(p).position;
-    combine_keys(softmax.sum, shared, [](float x, float y) { return x + y; });
+    combine_keys(softmax.sum, shared.of_warps, [](float x, float y) { return x + y; });
 #pragma unroll
     for (int own = 0; own < kOwnHeads; ++own) {
       const float sum = softmax.sum[own], most = softmax.most[own];
-      const bool keys = sum != 0, there = head(own) < p.h_q;
-      const bool sink = slot < 0 && p.attn_sink && there;
-      factors[own] = keys ? 1 / (sum + (sink ? cuda::power_of_two(p.attn_sink[head(own)] * kLog2e - most) : 0)) : 0;
-      if (slot >= 0) factors[own] = 1;
-      if (!there || threadIdx.x >= 4) continue;
+      const bool keys = sum != 0;
+      factors[own] = slot >= 0 ? 1 : keys ? 1 / (sum + cuda::power_of_two(sinks.logarithm[own] - most)) : 0;
+      if (head(own) >= p.h_q || threadIdx.x >= 4) continue;
       if (slot < 0)
         p.lse[(std::int64_t{request} * p.h_q + head(own)) * p.s_q + position] =
             keys ? (most + log2f(sum)) * kLn2 : INFINITY;
@@ -259,9 +219,16 @@ struct FewHeads {
     }
   }
 
+  /// Slot of the piece in the workspace, or -1 where the request is finished by this part.
+  __device__ __forceinline__ static int slot_of(const split_kv::Part& part, const Run& run, int request) {
+    return run.whole ? -1 : 2 * static_cast<int>(blockIdx.y) + (request != part.first_request);
+  }
+
+  /// Makes the results.
   __device__ __forceinline__ static void weigh_keys(const Problem& p, const split_kv::Part& part, Shared& shared) {
     Use use;
     ask_queries(p, part.first_request, shared);
+    const Sinks sinks(p);
     for (int request = part.first_request; request <= part.last_request; ++request) {
       const Run run(p, part, request);
       const int slot = slot_of(part, run, request);
@@ -274,17 +241,16 @@ struct FewHeads {
         multiply_queries(s, shared, use);
         cuda::wgmma_wait<0>();
         cuda::wgmma_registers(s);
-        softmax.weigh(s, shared.valid[use.buffer()], p.scale, shared, factors);
-        store_weights(s, shared);
+        softmax.weigh(s, shared.valid[use.buffer()], p.scale, shared.of_warps, factors);
+        store_weights(s, shared.weights);
         if (request < part.last_request && block == run.end - 1)  // the queries' last use is over
           ask_queries(p, request + 1, shared);
-        cuda::named_sync(kScores, kWarpgroup);
+        cuda::named_sync(kWeighing, kWarpgroup);
         o.multiply(factors);
         o.add_products(shared, use);
-        release_keys(shared, use.buffer());
       }
       if (request < part.last_request && run.begin >= run.end) ask_queries(p, request + 1, shared);
-      finish(p, softmax, shared, request, slot, factors);
+      finish(p, sinks, softmax, shared, request, slot, factors);
       o.multiply(factors);
       o.store(p, request, slot);
     }

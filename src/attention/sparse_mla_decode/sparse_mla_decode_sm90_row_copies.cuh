@@ -7,12 +7,16 @@
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_producer.cuh"
+#include "src/cuda/copy/async.cuh"
 #include "src/cuda/ptx/bulk_copy.cuh"
 
-// Cached rows become tiles of keys by way of shared memory, where there is room: whole rows are copied there, which
-// asks memory for them at once and leaves no request to the lanes that turn them into keys.
+// Cached rows become tiles of keys by way of shared memory, where there is room: two warps have whole rows copied
+// there, and memory that has much to do holds up nobody else; eight turn them into keys.
 
 namespace dsm::sparse_mla_sm90 {
+
+inline constexpr int kConverters = kKeys / kRowsPerWarp;  // warps, each of which has an eighth of all blocks
+inline constexpr int kCopiers = 2;                        // warps, each lane of which has a row copied
 
 /// What a row has in one place: all of it, or all but its scales.
 template <class Record>
@@ -23,99 +27,111 @@ inline constexpr std::uint32_t kRowBytes<Record> = Record::kDataBytes;
 template <class Record>
 inline constexpr bool kScalesInRow = requires { Record::kScalesAt; };
 
-/// The rows of a block that a warp brings, as they are in the cache. Neighbours are 64 bytes and a multiple of 128
-/// apart: the lanes of two rows meet in no bank.
+/// Half of a block's rows, as they are in the cache. Rows four places apart are 64 bytes and a multiple of 128 apart:
+/// the lanes of two such rows meet in no bank.
 template <class Record, class Extra>
-struct alignas(128) RawRows {
-  static constexpr std::uint32_t kStride = (std::max(kRowBytes<Record>, kRowBytes<Extra>) + 63) / 128 * 128 + 64;
+struct CopiedRows {
+  static constexpr std::uint32_t kScaleBytes = kScalesInRow<Record> ? 0 : 8;  // that follow a row here alone
+  static constexpr std::uint32_t kStride =
+      (std::max(kRowBytes<Record>, kRowBytes<Extra>) + kScaleBytes + 15) / 32 * 32 + 16;
+  static_assert(kScalesInRow<Record> == kScalesInRow<Extra>);
 
-  std::uint8_t bytes[kRowsPerWarp][kStride];
-  cuda::MBarrier landed;
+  alignas(16) std::uint8_t bytes[32][kStride];
+  std::uint32_t valid;  ///< bit per place
+  bool extra;           ///< rows of the second list
+  cuda::MBarrier landed, free;
+
+  __device__ void init() {
+    landed.init(kScalesInRow<Record> ? 1 : 1 + 32);
+    free.init(kConverters / kCopiers);
+  }
 };
 
-/// Brings a quarter of a row of each block: its warp copies eight rows as soon as those of the block before are in
-/// registers, and asks for the indices a block earlier.
-template <class Record, class Extra>
-class RowCopies : public OwnRow<Record, Extra> {
-  using Own = OwnRow<Record, Extra>;
-  using Own::kScales, Own::lane;
-  using Own::p_, Own::row_, Own::index_, Own::lots_, Own::scales_, Own::next_scales_;
-  using Own::valid_, Own::next_valid_, Own::is_extra_, Own::next_is_extra_, Own::index_is_extra_;
+/// Runs `run` for the record of the rows of one of the two lists.
+template <class Record, class Extra, class Run>
+__device__ __forceinline__ void of_record(bool extra, Run run) {
+  if (std::is_same_v<Record, Extra> || !extra)
+    run.template operator()<Record>();
+  else
+    run.template operator()<Extra>();
+}
 
- public:
-  __device__ RowCopies(const Problem& problem, const split_kv::Part& part, RawRows<Record, Extra>& raw, int warp)
-      : Own(problem, part, warp * kRowsPerWarp + row_of_lane(lane())), raw_(raw) {}
-
-  /// Has the rows whose indices were asked for copied.
-  __device__ void copy() {
-    next_is_extra_ = index_is_extra_;
-    const Cache& cache = next_is_extra_ ? p_.extra.cache : p_.list.cache;
-    next_valid_ = cache.has(index_);
-    Own::of_record(next_is_extra_, [&]<class R>() {
-      const auto entry = cache.template entry<R>(index_);
-      if constexpr (!kScalesInRow<R>) load_scales<R>(next_scales_, entry.scales);
-      const auto row = reinterpret_cast<std::uint64_t>(entry.data);
-      const bool one = cuda::elected();
-      if (one) raw_.landed.arrive_expecting(kRowsPerWarp * kRowBytes<R>);
-#pragma unroll
-      for (int i = 0; i < kRowsPerWarp; ++i) {
-        const std::uint64_t from = __shfl_sync(cuda::kAllLanes, row, i * kLanesPerRow);
-        if (one)
-          cuda::bulk_load(cuda::shared_address(raw_.bytes[i]), reinterpret_cast<const void*>(from), kRowBytes<R>,
-                          raw_.landed);
-      }
-    });
-  }
-  /// Takes copy number n when it is there, so that the next one can follow.
-  __device__ void take(int n) {
-    raw_.landed.wait(n % 2);
-    is_extra_ = next_is_extra_, valid_ = next_valid_;
-    const std::uint32_t from = cuda::shared_address(raw_.bytes[lane() / kLanesPerRow]);
-    Own::of_record(is_extra_, [&]<class R>() {
-      if constexpr (kScalesInRow<R>) {
-        load_scales<R>(scales_, from + R::kScalesAt);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kScales; ++i) scales_[i] = next_scales_[i];
-      }
-      load_lot<R, 0>(lots_[0], from, lane());
-      load_lot<R, 1>(lots_[1], from, lane());
-    });
-    cuda::fence_async_shared();
-    __syncwarp();
-  }
-  __device__ void store(std::uint32_t tile) const {
-    Own::of_record(is_extra_, [&]<class R>() {
-      store_lot<R, 0>(lots_[0], scales_, tile, row_, lane());
-      store_lot<R, 1>(lots_[1], scales_, tile, row_, lane());
-    });
-  }
-
- private:
-  RawRows<Record, Extra>& raw_;
-};
-
-/// Warp `warp` of eight that bring an eighth of each block; nothing waits at the end of a request.
+/// Has half of the rows of all blocks copied, by warp `warp` of kCopiers: a lane finds the row of its place, whose
+/// index it asked for a block earlier.
 template <class Record, class Extra, class S>
-__device__ __forceinline__ void bring_copied_keys(const Problem& p, const split_kv::Part& part, S& shared, int warp) {
-  RowCopies<Record, Extra> rows(p, part, shared.rows[warp], warp);
-  if (!rows.ask_index()) return;
-  rows.copy();
-  bool next = rows.ask_index();
-  for (Use use;; ++use.n) {
-    rows.take(use.n);
-    const bool last = !next;
-    if (!last) {
-      rows.copy();
-      next = rows.ask_index();
-    }
-    shared.empty[use.buffer()].wait(use.parity() ^ 1);
-    rows.store_valid(shared.valid[use.buffer()]);
-    rows.store(cuda::shared_address(shared.keys[use.buffer()]));
-    cuda::fence_async_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) shared.full[use.buffer()].arrive();
-    if (last) break;
+__device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part& part, S& shared, int warp) {
+  const int lane = threadIdx.x % 32, lane_of_place = lane % 4 * 8 + lane / 4 % 2 * 4;
+  IndexWalk walk(p, part, warp * 32 + lane / kRowsPerWarp * kRowsPerWarp + row_of_lane(lane_of_place));
+  std::int32_t index;
+  bool more = walk.next(index);
+#pragma unroll 1
+  for (int n = warp; more; n += kCopiers) {
+    const bool extra = walk.extra();
+    of_record<Record, Extra>(extra, [&]<class R>() {
+      const Cache& cache = extra ? p.extra.cache : p.list.cache;
+      const unsigned valid = __ballot_sync(cuda::kAllLanes, cache.has(index));
+      const auto entry = cache.template entry<R>(index);
+      more = walk.next(index);
+      auto& rows = shared.rows[n % S::kRows];
+      rows.free.wait(n / S::kRows % 2 ^ 1);
+      if constexpr (!kScalesInRow<R>) {
+        cuda::copy_async<8>(cuda::shared_address(rows.bytes[lane]) + kRowBytes<R>, entry.scales, 8);
+        rows.landed.arrive_after_copies();
+      }
+      const bool one = cuda::elected();
+      if (one) {
+        rows.valid = valid, rows.extra = extra;
+        rows.landed.arrive_expecting(32 * kRowBytes<R>);
+      }
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const std::uint64_t from = __shfl_sync(cuda::kAllLanes, reinterpret_cast<std::uint64_t>(entry.data), i);
+        if (one)
+          cuda::bulk_load(cuda::shared_address(rows.bytes[i]), reinterpret_cast<const void*>(from), kRowBytes<R>,
+                          rows.landed, cuda::L2Hint::kEvictFirst);
+      }
+    });
+  }
+}
+
+/// Turns an eighth of the rows of all blocks into keys, by warp `warp` of kConverters. Columns come in two lots.
+template <class Record, class Extra, class S>
+__device__ __forceinline__ void convert_rows(const split_kv::Part& part, S& shared, int warp) {
+  constexpr int kWarps = kConverters / kCopiers;  // to half a block
+  const int lane = threadIdx.x % 32, row = warp * kRowsPerWarp + row_of_lane(lane);
+  const int place = warp % kWarps * kRowsPerWarp + lane / 4 % 2 * 4 + lane / 8;
+#pragma unroll 1
+  for (Use use; use.n < part.blocks; ++use.n) {
+    const int n = use.n * kCopiers + warp / kWarps, buffer = use.buffer();
+    auto& rows = shared.rows[n % S::kRows];
+    rows.landed.wait(n / S::kRows % 2);
+    const bool valid = rows.valid >> place & 1;
+    const std::uint32_t from = cuda::shared_address(rows.bytes[place]),
+                        keys = cuda::shared_address(shared.keys[buffer]);
+    of_record<Record, Extra>(rows.extra, [&]<class R>() {
+      uint4 lots[2][Pieces<R>::kLot], scales[Pieces<R>::kScales];
+      if constexpr (kScalesInRow<R>)
+        load_scales<R>(scales, from + R::kScalesAt);
+      else
+        load_half_piece(scales[0], from + kRowBytes<R>);
+      load_lot<R, 0>(lots[0], from, lane);
+      load_lot<R, 1>(lots[1], from, lane);
+      __syncwarp();
+      if (lane == 0) rows.free.arrive();
+      const auto publish = [&](cuda::MBarrier& full) {
+        cuda::fence_async_shared();
+        __syncwarp();
+        if (lane == 0) full.arrive();
+      };
+      shared.empty[buffer][0].wait(use.parity() ^ 1);
+      const unsigned valid_rows = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid) << row % kRowsPerWarp);
+      if (lane == 0) shared.valid[buffer][warp] = static_cast<std::uint8_t>(valid_rows);
+      store_lot<R, 0>(lots[0], scales, keys, row, lane);
+      publish(shared.full[buffer][0]);
+      shared.empty[buffer][1].wait(use.parity() ^ 1);
+      store_lot<R, 1>(lots[1], scales, keys, row, lane);
+      publish(shared.full[buffer][1]);
+    });
   }
 }
 

@@ -33,6 +33,15 @@ __device__ __forceinline__ void bulk_load(std::uint32_t shared, const void* from
                "l"(from), "r"(bytes), "r"(landed.address())
                : "memory");
 }
+/// The same, with what the L2 should do.
+__device__ __forceinline__ void bulk_load(std::uint32_t shared, const void* from, std::uint32_t bytes, MBarrier& landed,
+                                          L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared),
+      "l"(from), "r"(bytes), "r"(landed.address()), "l"(static_cast<std::uint64_t>(hint))
+      : "memory");
+}
 /// A box of a tensor at the given coordinates, fastest dimension first; what is outside the tensor becomes 0.
 __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap& map, int c0, int c1, int c2, int c3,
                                             MBarrier& landed, L2Hint hint = L2Hint::kEvictNormal) {
