@@ -62,68 +62,44 @@ class IndexWalk {
   const std::int32_t* at_;
 };
 
-/// What a lane that brings a quarter of a row of each block has of it: the row itself, of the block to be stored, and
-/// where the next one lies.
+/// Runs `run` for the record of the rows of one of the two lists.
+template <class Record, class Extra, class Run>
+__device__ __forceinline__ void of_record(bool extra, Run run) {
+  if (std::is_same_v<Record, Extra> || !extra)
+    run.template operator()<Record>();
+  else
+    run.template operator()<Extra>();
+}
+
+/// Rows that one tile of queries reads alone are not needed again.
+__device__ __forceinline__ cuda::L2Hint row_hint() {
+  return gridDim.x == 1 ? cuda::L2Hint::kEvictFirst : cuda::L2Hint::kEvictNormal;
+}
+
+/// Brings a quarter of a row of each block. The pieces of a row are asked for in two lots, each as soon as that of the
+/// row before has been converted, so that most of a row is always on its way; its index a block earlier.
 template <class Record, class Extra>
-class OwnRow {
+class RowStream {
  public:
+  __device__ RowStream(const Problem& problem, const split_kv::Part& part)
+      : p_(problem),
+        row_((threadIdx.x / kWarpgroup - 2) * (kKeys / 2) + threadIdx.x % kWarpgroup / 32 * kRowsPerWarp +
+             row_of_lane(lane())),
+        walk_(problem, part, row_),
+        hint_(row_hint()) {}
+
   /// Asks for the index in the next block, if there is one.
   __device__ bool ask_index() {
     const bool more = walk_.next(index_);
     index_is_extra_ = walk_.extra();
     return more;
   }
-  /// Which of the warp's rows are any.
-  __device__ void store_valid(std::uint8_t* valid) const {
-    const unsigned rows = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid_) << row_ % kRowsPerWarp);
-    if (lane() == 0) valid[row_ / kRowsPerWarp] = static_cast<std::uint8_t>(rows);
-  }
-
- protected:
-  static constexpr int kScales = std::max(Pieces<Record>::kScales, Pieces<Extra>::kScales);
-
-  __device__ OwnRow(const Problem& problem, const split_kv::Part& part, int row)
-      : p_(problem), row_(row), walk_(problem, part, row) {}
-
-  __device__ static int lane() { return threadIdx.x % 32; }
-  template <class Do>
-  __device__ __forceinline__ static void of_record(bool extra, Do run) {
-    if (std::is_same_v<Record, Extra> || !extra)
-      run.template operator()<Record>();
-    else
-      run.template operator()<Extra>();
-  }
-
-  const Problem& p_;
-  int row_;
-  IndexWalk walk_;
-  std::int32_t index_;
-  bool valid_, next_valid_, is_extra_, next_is_extra_, index_is_extra_;
-  uint4 lots_[2][std::max(Pieces<Record>::kLot, Pieces<Extra>::kLot)], scales_[kScales], next_scales_[kScales];
-};
-
-/// Brings a quarter of a row of each block. The pieces of a row are asked for in two lots, each as soon as that of the
-/// row before has been converted, so that most of a row is always on its way; its index a block earlier.
-template <class Record, class Extra>
-class RowStream : public OwnRow<Record, Extra> {
-  using Own = OwnRow<Record, Extra>;
-  using Own::kScales, Own::lane;
-  using Own::p_, Own::row_, Own::index_, Own::lots_, Own::scales_, Own::next_scales_;
-  using Own::valid_, Own::next_valid_, Own::is_extra_, Own::next_is_extra_, Own::index_is_extra_;
-
- public:
-  __device__ RowStream(const Problem& problem, const split_kv::Part& part)
-      : Own(problem, part,
-            (threadIdx.x / kWarpgroup - 2) * (kKeys / 2) + threadIdx.x % kWarpgroup / 32 * kRowsPerWarp +
-                row_of_lane(lane())),
-        hint_(gridDim.x == 1 ? cuda::L2Hint::kEvictFirst : cuda::L2Hint::kEvictNormal) {}
-
   /// The row whose index was asked for is the one to ask for.
   __device__ void turn() {
     next_is_extra_ = index_is_extra_;
     const Cache& cache = next_is_extra_ ? p_.extra.cache : p_.list.cache;
     next_valid_ = cache.has(index_);
-    Own::of_record(next_is_extra_, [&]<class R>() {
+    of_record<Record, Extra>(next_is_extra_, [&]<class R>() {
       const auto entry = cache.template entry<R>(index_);
       bytes_ = entry.data;
       load_scales<R>(next_scales_, entry.scales);
@@ -131,8 +107,8 @@ class RowStream : public OwnRow<Record, Extra> {
   }
   template <int kWhich>
   __device__ void ask() {
-    Own::of_record(next_is_extra_,
-                   [&]<class R>() { load_lot<R, kWhich>(lots_[kWhich], CachedRow{bytes_, hint_}, lane()); });
+    of_record<Record, Extra>(next_is_extra_,
+                             [&]<class R>() { load_lot<R, kWhich>(lots_[kWhich], CachedRow{bytes_, hint_}, lane()); });
   }
   /// The row that was asked for is the one to store.
   __device__ void take() {
@@ -142,12 +118,27 @@ class RowStream : public OwnRow<Record, Extra> {
   }
   template <int kWhich>
   __device__ void store(std::uint32_t tile) const {
-    Own::of_record(is_extra_, [&]<class R>() { store_lot<R, kWhich>(lots_[kWhich], scales_, tile, row_, lane()); });
+    of_record<Record, Extra>(is_extra_,
+                             [&]<class R>() { store_lot<R, kWhich>(lots_[kWhich], scales_, tile, row_, lane()); });
+  }
+  /// Which of the warp's rows are any.
+  __device__ void store_valid(std::uint8_t* valid) const {
+    const unsigned rows = __reduce_or_sync(cuda::kAllLanes, static_cast<unsigned>(valid_) << row_ % kRowsPerWarp);
+    if (lane() == 0) valid[row_ / kRowsPerWarp] = static_cast<std::uint8_t>(rows);
   }
 
  private:
+  static constexpr int kScales = std::max(Pieces<Record>::kScales, Pieces<Extra>::kScales);
+
+  __device__ static int lane() { return threadIdx.x % 32; }
+  const Problem& p_;
+  int row_;
+  IndexWalk walk_;
+  const cuda::L2Hint hint_;
+  std::int32_t index_;
   const std::uint8_t* bytes_;
-  const cuda::L2Hint hint_;  ///< rows that one tile of queries reads alone are not needed again
+  bool valid_, next_valid_, is_extra_, next_is_extra_, index_is_extra_;
+  uint4 lots_[2][std::max(Pieces<Record>::kLot, Pieces<Extra>::kLot)], scales_[kScales], next_scales_[kScales];
 };
 
 /// Two warpgroups bring half of each block; nothing waits at the end of a request. Each turn of the loop stores a

@@ -47,21 +47,13 @@ struct CopiedRows {
   }
 };
 
-/// Runs `run` for the record of the rows of one of the two lists.
-template <class Record, class Extra, class Run>
-__device__ __forceinline__ void of_record(bool extra, Run run) {
-  if (std::is_same_v<Record, Extra> || !extra)
-    run.template operator()<Record>();
-  else
-    run.template operator()<Extra>();
-}
-
 /// Has half of the rows of all blocks copied, by warp `warp` of kCopiers: a lane finds the row of its place, whose
 /// index it asked for a block earlier.
 template <class Record, class Extra, class S>
 __device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part& part, S& shared, int warp) {
   const int lane = threadIdx.x % 32, lane_of_place = lane % 4 * 8 + lane / 4 % 2 * 4;
   IndexWalk walk(p, part, warp * 32 + lane / kRowsPerWarp * kRowsPerWarp + row_of_lane(lane_of_place));
+  const cuda::L2Hint hint = row_hint();
   std::int32_t index;
   bool more = walk.next(index);
 #pragma unroll 1
@@ -88,7 +80,7 @@ __device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part
         const std::uint64_t from = __shfl_sync(cuda::kAllLanes, reinterpret_cast<std::uint64_t>(entry.data), i);
         if (one)
           cuda::bulk_load(cuda::shared_address(rows.bytes[i]), reinterpret_cast<const void*>(from), kRowBytes<R>,
-                          rows.landed, cuda::L2Hint::kEvictFirst);
+                          rows.landed, hint);
       }
     });
   }
