@@ -115,7 +115,8 @@ struct Keys {
   std::int32_t overhead_blocks;      ///< what beginning a request costs a part, at least 1
   std::int32_t invariant_pieces;     ///< at most, of a request that is cut by its own length alone; 0: it is not
 
-  DSM_HD_INLINE bool equal() const { return !length && !extra_length; }
+  /// Whether all requests are cut alike, by a number of keys that is known beforehand.
+  DSM_HD_INLINE bool equal() const { return !length && !extra_length && invariant_pieces == 0; }
 };
 
 /// How requests are cut that all have as many keys: known before anything of the device is read.

@@ -50,9 +50,8 @@ constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast
 /// What the thread block computes, found by all of its threads; `scratch` is theirs.
 [[maybe_unused]] __device__ __forceinline__ split_kv::Part own_part(const Problem& p, void* scratch) {
   split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
-  return p.keys.equal() && p.keys.invariant_pieces == 0
-             ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
-             : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, scratch, pieces);
+  return p.keys.equal() ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
+                        : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, scratch, pieces);
 }
 
 template <class Record, class Extra>
@@ -183,6 +182,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   };
   if constexpr (requires { typename Record::Element; }) {  // rows that are converted
     using Few = FewHeads<Record, Extra>;
+    static_assert(sizeof(typename Few::Shared) + 2048 <= 227 * 1024);
     if (a.q.size(2) <= Few::kTileHeads)
       run(sparse_mla_decode_few_heads_sm90_kernel<Record, Extra>, Few::kThreads, sizeof(typename Few::Shared));
     else
@@ -190,7 +190,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   } else {
     run_many();
   }
-  const bool whole = keys.equal() && keys.invariant_pieces == 0 && problem.equal.whole();
+  const bool whole = keys.equal() && problem.equal.whole();
   if (split_kv::cuts_requests(parts, batch, a.batch_invariant) && !whole)
     split_kv::combine(name, problem.pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }

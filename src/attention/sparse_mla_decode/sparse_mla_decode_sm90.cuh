@@ -98,6 +98,11 @@ struct Run {
   }
 };
 
+/// Slot of the piece in the workspace, or -1 where the request is finished by this part.
+__device__ __forceinline__ int slot_of(const split_kv::Part& part, const Run& run, int request) {
+  return run.whole ? -1 : 2 * static_cast<int>(blockIdx.y) + (request != part.first_request);
+}
+
 /// Number n of the uses of buffers in turn.
 struct Use {
   int n = 0;

@@ -78,11 +78,6 @@ __device__ __forceinline__ void store_output(const Problem& p, const Output& o, 
   }
 }
 
-/// Slot of the piece in the workspace, or -1 where the request is finished by this part.
-__device__ __forceinline__ int slot_of(const split_kv::Part& part, const Run& run, int request) {
-  return run.whole ? -1 : 2 * static_cast<int>(blockIdx.y) + (request != part.first_request);
-}
-
 /// Asks for the queries of a request, zeros for heads that are none.
 template <int kWidth>
 __device__ __forceinline__ void ask_queries(const Problem& p, int request, Shared<kWidth>& shared) {

@@ -17,8 +17,8 @@
 // Bound by the warpgroup that makes it. 64 keys take it 3500 cycles (scores 1000 to 1250, weights 900 to 1150, values
 // 1200 to 1300), or 2700 with the port of shared memory to itself, of which all together need 2600. Of V3.2 there is
 // room for one block of rows to be copied, which takes nearly as long: 1400 to 2500 to ask for them, then the memory's
-// latency. Rows are marked to give way first in the L2, as nobody reads them again: what they would drive out has often
-// to be written first (5 % of the time; the benchmark's L2 is full of such lines). What did not help: values in a
+// latency. Rows are marked to give way first in the L2, where one position reads them: what they would drive out has
+// often to be written first (5 % of the time; the benchmark's L2 is full of such lines). What did not help: values in a
 // warpgroup of their own (the two products wait for each other at the port, and the weights for both: as fast with V4,
 // 8 % slower with V3.2); scores of the next keys beside the weights of these (10 to 20 % slower); copies by the lanes
 // that convert (1 to 5 % slower: memory that is busy stops them); what ends a request gone through once beforehand.
@@ -217,11 +217,6 @@ struct FewHeads : FewHeadsSoftmax {
       else
         split_kv::store_state(p.pieces, slot, position, head(own), most, sum);
     }
-  }
-
-  /// Slot of the piece in the workspace, or -1 where the request is finished by this part.
-  __device__ __forceinline__ static int slot_of(const split_kv::Part& part, const Run& run, int request) {
-    return run.whole ? -1 : 2 * static_cast<int>(blockIdx.y) + (request != part.first_request);
   }
 
   /// Makes the results.

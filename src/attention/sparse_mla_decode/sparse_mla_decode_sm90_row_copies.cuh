@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_producer.cuh"

@@ -1,10 +1,10 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Half a warp quantises a row at a time. Few rows are loaded before it looks at the tokens' slots. Of many only those
-// with a slot are read, and those of 16-bit elements come by bulk copies some rounds ahead (row_ring.cuh), as a row
-// waits for memory longer than for its arithmetic. Rows of plain caches are copied by whole blocks. H200, 131072 rows,
-// every seventh without a slot, part of the same run's copy bandwidth, bfloat16 | float32: plain 91 | 97 %, V3.2 FP8 83
-// | 98 %, with float32 scales 81 | 92 %, V3.2 NVFP4 83 | 90 %. Quantising a row is about 175 warp instructions, to E2M1
-// 255.
+// with a slot are read, and those of 16-bit elements come by bulk copies some rounds ahead where a device has them
+// (row_ring.cuh), as a row waits for memory longer than for its arithmetic. Rows of plain caches are copied by whole
+// blocks. H200, 131072 rows, every seventh without a slot, part of the same run's copy bandwidth, bfloat16 | float32:
+// plain 91 | 97 %, V3.2 FP8 83 | 98 %, with float32 scales 81 | 92 %, V3.2 NVFP4 83 | 90 %. Quantising a row is about
+// 175 warp instructions, to E2M1 255.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
