@@ -23,9 +23,9 @@
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
 // L2 flushed by writing, whose lines are written back meanwhile:
-// V4, 64 heads, 128 + 512: batch 2 15.5, 16 21.7 (1.8), 64 34.5 (7.3), 128 46.7 (14.5), 148 61.4 (16.8); at most 512 in
-// the second cache: batch 64 30.0 (4.3), 128 48.5 (8.7). 128 heads, 128 + 1024: batch 128 117 (52). V3.2, 2048: 64
-// heads batch 128 112 (49).
+// V4, 64 heads, 128 + 512: batch 2 16.6, 16 22.2 (1.9), 64 31.1 (7.6), 128 37.9 (15), 148 55.8 (18); at most 512 in the
+// second cache: batch 64 27.8 (5.2), 128 43.1 (11). 128 heads, 128 + 1024: batch 64 55.5 (25), 128 118 (49). V3.2,
+// 2048: 64 heads batch 128 99 (46); 128 heads batch 2 20, 64 93 (46), 128 193 (93).
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"

@@ -1,8 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Four lanes quantise a key of 128 values, as the models' are, which stays in their registers between the scale and the
 // codes. Of longer ones the rest is read again, from the cache. H200, 524288 keys, every seventh without a slot, part
-// of the same run's copy bandwidth: bfloat16 80 %, float32 90 %. The marks of the last token of each slot take a tenth
-// of the time: keys are small.
+// of the same run's copy bandwidth: bfloat16 80 %, float32 90 %; in turns with torch's composition, in dsm
+// bench, 68 %. The marks of the last token of each slot take a tenth of the time: keys are small.
 #include <cstdint>
 
 #include "src/cpu/visit_dtype.h"
