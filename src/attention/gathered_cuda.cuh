@@ -104,20 +104,20 @@ inline Strides strides(const TensorView& tensor) { return {step(tensor, 0), step
 struct GatheredAttention {
   DType dtype;
   std::int64_t requests, s_q, h_q, h_kv, d_qk, d_v;
-  bool own_lists;  ///< each query has a list; otherwise a request has one
-  bool causal;     ///< of requests' lists: the last query sees all keys, the one before it all but one, …
+  bool own_lists;       ///< each query has a list; otherwise a request has one
+  bool causal = false;  ///< of requests' lists: the last query sees all keys, the one before it all but one, …
   double softmax_scale;
-  bool batch_invariant;
+  bool batch_invariant = false;
   const void* q;
   Strides q_strides;
   void* out;
   Strides out_strides;
-  void *lse, *max_logits;  ///< max_logits and what follows may be null
-  Strides lse_strides;     ///< of max_logits, too
-  const void* attn_sink;
-  const float* k_scale;  ///< of E4M3 rows
-  void* key_probs;       ///< [requests, h_kv, listed]; needs own lists and one plain pool
-  int pool_count;
+  void *lse, *max_logits = nullptr;  ///< max_logits and what follows may be null
+  Strides lse_strides;               ///< of max_logits, too
+  const void* attn_sink = nullptr;
+  const float* k_scale = nullptr;  ///< of E4M3 rows
+  void* key_probs = nullptr;       ///< [requests, h_kv, listed]; needs own lists and one plain pool
+  int pool_count = 1;
   KeyPool pools[2];
   cuda::Divider per_group{1}, per_list{1}, per_request{1},
       per_unit{1};  ///< rows of a query, units of a list, lists of a request, rows of a unit

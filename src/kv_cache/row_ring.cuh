@@ -31,16 +31,18 @@ class RowRing {
 
   __device__ explicit RowRing(Shared& shared)
       : rows_(shared.rows[threadIdx.x / cuda::kWarpSize]), landed_(shared.landed[threadIdx.x / cuda::kWarpSize]) {}
-  /// Once, before the first fetch.
-  __device__ void init() {
+  /// Begins with the first rounds; `fetch(round)` fetches one.
+  template <class Fetch>
+  __device__ __forceinline__ void begin(const Fetch& fetch) {
     if (cuda::elected()) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) landed_[stage].init(1);
     }
     cuda::fence_barrier_init();
     __syncwarp();
+#pragma unroll
+    for (int round = 0; round < kStages; ++round) fetch(round);
   }
-
   /// All lanes begin to fetch the rows of a round, if there are any; they have taken those of `round - kStages`.
   /// `copy(token, to, landed)` issues the copies of a row.
   template <class Copy>
@@ -71,7 +73,8 @@ struct NoRing {
   struct Shared {};
   static constexpr int kStages = 0;
   __device__ explicit NoRing(Shared&) {}
-  __device__ void init() {}
+  template <class Fetch>
+  __device__ void begin(const Fetch&) {}
   __device__ void await(int) {}
   template <class Copy>
   __device__ void fetch(int, const WarpRows&, const Copy&) {}

@@ -36,12 +36,8 @@ attention::GatheredAttention problem(const MlaDecodeArgs& a) {
           .out = a.out.data,
           .out_strides = attention::strides(a.out),
           .lse = a.lse.data,
-          .max_logits = nullptr,
           .lse_strides = {h_q * s_q, 1, s_q},
-          .attn_sink = nullptr,
           .k_scale = a.k_scale.as<const float>(),
-          .key_probs = nullptr,
-          .pool_count = 1,
           .pools = {pool}};
 }
 

@@ -150,6 +150,11 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
                             .extra_length = a.extra_topk_length.as<const std::int32_t>(),
                             .overhead_blocks = kOverheadBlocks,
                             .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(row_tiles(a)) : 0};
+  const split_kv::EqualRequests equal(keys, parts);
+  const bool adds_up = split_kv::cuts_requests(parts, batch, a.batch_invariant) && !(keys.equal() && equal.whole());
+  split_kv::Workspace pieces = split_kv::Workspace::at(
+      launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2)), a.batch_invariant);
+  if (!adds_up) pieces.pieces = nullptr;  // nobody reads them
   const Problem problem{
       .q = a.q.as<const __nv_bfloat16>(),
       .q_request = a.q.stride[0],
@@ -158,9 +163,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
       .list = list,
       .extra = two ? list_of(a.extra_k_cache, a.extra_indices) : list,
       .keys = keys,
-      .equal = split_kv::EqualRequests(keys, parts),
-      .pieces = split_kv::Workspace::at(launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2)),
-                                        a.batch_invariant),
+      .equal = equal,
+      .pieces = pieces,
       .attn_sink = a.attn_sink.as<const float>(),
       .scale = static_cast<float>(a.softmax_scale) * kLog2e,
       .s_q = static_cast<int>(a.q.size(1)),
@@ -190,9 +194,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   } else {
     run_many();
   }
-  const bool whole = keys.equal() && problem.equal.whole();
-  if (split_kv::cuts_requests(parts, batch, a.batch_invariant) && !whole)
-    split_kv::combine(name, problem.pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
+  if (adds_up) split_kv::combine(name, pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }
 
 bool aligned(const TensorView& cache) {

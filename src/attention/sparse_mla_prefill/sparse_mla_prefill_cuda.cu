@@ -30,9 +30,7 @@ attention::GatheredAttention problem(const SparseMlaPrefillArgs& a) {
           .d_qk = a.q.size(2),
           .d_v = a.out.size(2),
           .own_lists = true,
-          .causal = false,
           .softmax_scale = a.softmax_scale,
-          .batch_invariant = false,
           .q = a.q.data,
           .q_strides = of_query(a.q),
           .out = a.out.data,
@@ -41,9 +39,7 @@ attention::GatheredAttention problem(const SparseMlaPrefillArgs& a) {
           .max_logits = a.max_logits.data,
           .lse_strides = {h_q, 0, 1},
           .attn_sink = a.attn_sink.data,
-          .k_scale = nullptr,
           .key_probs = a.key_probs.data,
-          .pool_count = 1,
           .pools = {pool}};
 }
 

@@ -64,13 +64,10 @@ __global__ void __launch_bounds__(kRowThreads)
     const std::int64_t token = rows.token(kHalves * round + half);
     load_from(latent[token], k_pe[token]);
   };
-  if (ahead) {
-    ring.init();
-#pragma unroll
-    for (int round = 0; round < Ring::kStages; ++round) fetch(round);
-  } else if (rows.size() > 0) {
+  if (ahead)
+    ring.begin(fetch);
+  else if (rows.size() > 0)
     load(0);
-  }
   rows.place(placing, cache, kHalves * rounds, entry_at<Record>);
 #pragma unroll 1
   for (int round = 0; kHalves * round < rows.size(); ++round) {
