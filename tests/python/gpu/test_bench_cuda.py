@@ -16,11 +16,11 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("replayed", [False, True])
 def test_the_time_is_that_of_the_device(replayed: bool) -> None:
-    """A call that keeps the device busy for about a millisecond, and one that does nothing there to speak of."""
+    """A call that keeps the device busy for a millisecond, more at a low clock, and one that does next to nothing."""
     small = torch.ones(8, device=CUDA)
     calls = {"long": lambda: torch.cuda._sleep(2_000_000), "short": lambda: small.add_(1)}
-    times = timing.take_turns(calls, CUDA, 0.01, replayed=replayed)
-    assert 0.5e-3 < times["long"].device < 4e-3
+    times = timing.take_turns(calls, CUDA, 0.1, replayed=replayed)
+    assert 0.5e-3 < times["long"].device < 2e-2
     assert times["short"].device < 1e-4
     assert all(time.host < 1e-3 for time in times.values())
 
