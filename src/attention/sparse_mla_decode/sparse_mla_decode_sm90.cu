@@ -1,5 +1,6 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh); what follows is the one for more.
+// Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh), and another one where they are
+// V3.2's and have long lists (sparse_mla_decode_sm90_few_heads_v32.cuh); what follows is the one for more.
 // A thread block has 64 heads of one position and a run of blocks of 64 keys, of one request or of several. Four
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
@@ -33,6 +34,7 @@
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_consumer.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads.cuh"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_v32.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_producer.cuh"
 #include "src/core/kv_cache.h"
 #include "src/cuda/copy/pack.cuh"
@@ -45,6 +47,7 @@ using namespace sparse_mla_sm90;
 
 constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kOverheadBlocks = 1;  // what beginning a request costs
+constexpr int kLongPart = 8;        // blocks from which few heads of V3.2 have a kernel of their own
 constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast on plain rows, or faster
 
 /// What the thread block computes, found by all of its threads; `scratch` is theirs.
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
         shared.empty[i][lot].init(Few::kWarps);
       }
     }
-    for (auto& rows : shared.rows) rows.init();
+    for (auto& rows : shared.rows) rows.init(kConverters / kCopiers);
     cuda::fence_barrier_init();
   }
   __syncthreads();
@@ -113,7 +116,33 @@ __global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
   } else if (warp < kConverters) {
     convert_rows<Record, Extra>(part, shared, warp);
   } else {
-    copy_rows<Record, Extra>(p, part, shared, warp - kConverters);
+    copy_rows<Record, Extra, kCopiers>(p, part, shared, warp - kConverters);
+  }
+#endif
+}
+
+__global__ void __launch_bounds__(FewHeadsV32::kThreads, 1)
+    sparse_mla_decode_few_heads_v32_sm90_kernel(const __grid_constant__ Problem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Few = FewHeadsV32;
+  extern __shared__ std::uint8_t memory[];
+  auto& shared = *reinterpret_cast<Few::Shared*>(memory + (-cuda::shared_address(memory) & 1023));
+  const split_kv::Part part = own_part(p, &shared);
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  cuda::release_next_kernel();
+  if (part.last_request < part.first_request) return;
+
+  const int warp = __shfl_sync(cuda::kAllLanes, threadIdx.x / 32, 0) - Few::kAttending / 32;
+  if (warp < -Few::kAdders / 32) {
+    cuda::take_registers<112>();
+    Few::make_weights(p, part, shared);
+  } else if (warp < 0) {
+    cuda::take_registers<112>();
+    Few::add_values(p, part, shared);
+  } else {
+    cuda::give_registers<32>();
+    copy_rows<KvV32Fp8, KvV32Fp8, kWarpgroup / 32>(p, part, shared, warp);
   }
 #endif
 }
@@ -186,11 +215,13 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   };
   if constexpr (requires { typename Record::Element; }) {  // rows that are converted
     using Few = FewHeads<Record, Extra>;
-    static_assert(sizeof(typename Few::Shared) + 2048 <= 227 * 1024);
-    if (a.q.size(2) <= Few::kTileHeads)
-      run(sparse_mla_decode_few_heads_sm90_kernel<Record, Extra>, Few::kThreads, sizeof(typename Few::Shared));
-    else
+    static_assert(std::max(sizeof(typename Few::Shared), sizeof(FewHeadsV32::Shared)) + 2048 <= 227 * 1024);
+    if (a.q.size(2) > Few::kTileHeads)
       run_many();
+    else if (std::is_same_v<Record, KvV32Fp8> && (a.batch_invariant || batch * blocks_of(a) >= kLongPart * parts))
+      run(sparse_mla_decode_few_heads_v32_sm90_kernel, FewHeadsV32::kThreads, sizeof(FewHeadsV32::Shared));
+    else
+      run(sparse_mla_decode_few_heads_sm90_kernel<Record, Extra>, Few::kThreads, sizeof(typename Few::Shared));
   } else {
     run_many();
   }

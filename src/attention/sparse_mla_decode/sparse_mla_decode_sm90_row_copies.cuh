@@ -40,29 +40,35 @@ struct CopiedRows {
   bool extra;           ///< rows of the second list
   cuda::MBarrier landed, free;
 
-  __device__ void init() {
+  /// `readers`: warps that read all of it.
+  __device__ void init(int readers) {
     landed.init(kScalesInRow<Record> ? 1 : 1 + 32);
-    free.init(kConverters / kCopiers);
+    free.init(readers);
   }
 };
 
-/// Has half of the rows of all blocks copied, by warp `warp` of kCopiers: a lane finds the row of its place, whose
-/// index it asked for a block earlier.
-template <class Record, class Extra, class S>
+/// Has every kWarps-th half of a block's rows copied, by warp `warp` of so many: a lane finds the row of its place,
+/// whose index it asked for a half earlier.
+template <class Record, class Extra, int kWarps, class S>
 __device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part& part, S& shared, int warp) {
   const int lane = threadIdx.x % 32, lane_of_place = lane % 4 * 8 + lane / 4 % 2 * 4;
-  IndexWalk walk(p, part, warp * 32 + lane / kRowsPerWarp * kRowsPerWarp + row_of_lane(lane_of_place));
+  IndexWalk walk(p, part, warp % 2 * 32 + lane / kRowsPerWarp * kRowsPerWarp + row_of_lane(lane_of_place));
   const cuda::L2Hint hint = row_hint();
   std::int32_t index;
-  bool more = walk.next(index);
+  const auto next = [&](int blocks) {
+    bool there = true;
+    for (int i = 0; i < blocks; ++i) there = there && walk.next(index);
+    return there;
+  };
+  bool more = next(1 + warp / 2);
 #pragma unroll 1
-  for (int n = warp; more; n += kCopiers) {
+  for (int n = warp; more; n += kWarps) {
     const bool extra = walk.extra();
     of_record<Record, Extra>(extra, [&]<class R>() {
       const Cache& cache = extra ? p.extra.cache : p.list.cache;
       const unsigned valid = __ballot_sync(cuda::kAllLanes, cache.has(index));
       const auto entry = cache.template entry<R>(index);
-      more = walk.next(index);
+      more = next(kWarps / 2);
       auto& rows = shared.rows[n % S::kRows];
       rows.free.wait(n / S::kRows % 2 ^ 1);
       if constexpr (!kScalesInRow<R>) {

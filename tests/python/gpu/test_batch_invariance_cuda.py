@@ -80,6 +80,7 @@ CALLS = {
     "sparse V4": lambda: sparse(584, 64, 5000),
     "sparse V4, 16 heads": lambda: sparse(584, 16, 5000),
     "sparse V3.2": lambda: sparse(656, 128, 2048),
+    "sparse V3.2, 16 heads": lambda: sparse(656, 16, 2048),
     "sparse bfloat16": lambda: sparse(1024, 64, 3000),
     "sparse, 544 columns": lambda: sparse(1088, 16, 3000),
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cache_layouts import FORMATS, Pool, of_rows, poison, quantised
+from cache_layouts import FORMATS, Pool, decode, of_rows, poison, quantised
 from calls import forced
 from hostile import HOPPER, INT_MAX, INT_MIN
 from torch import Tensor
@@ -75,6 +75,7 @@ def check(
     extra_indices: Tensor | None = None,
     extra_lengths: list[int] | None = None,
     sink: float | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     batch, s_q, _ = indices.shape
     width = pool.values.shape[1]
@@ -100,6 +101,7 @@ def check(
                 softmax_scale=scale,
                 attn_sink=attn_sink,
                 topk_length=caches[0].counts(),
+                batch_invariant=batch_invariant,
                 **options,
             )
 
@@ -132,6 +134,30 @@ def test_formats(row_bytes: int, page_size: int) -> None:
             [70, 66],
             sink=0.5,
         )
+
+
+@pytest.mark.parametrize("h_q", [1, 11, 16])
+def test_few_heads_of_v32(h_q: int) -> None:
+    """They have a kernel for thread blocks with much to do, and for all where bits may not depend on the batch."""
+    pool, extra = of_rows(656, 10, 32, 16), of_rows(656, 100, 2)
+    indices, extra_indices = lists(4, 2, 150, 320, 0.3), lists(4, 2, 70, 200, 0.3)
+    check(h_q, pool, indices, [150, 1, 0, 65], extra, extra_indices, [70, 66, 0, 0], sink=0.5, batch_invariant=True)
+    check(h_q, pool, torch.full((2, 1, 200), -1, dtype=torch.int32), batch_invariant=True)
+    lengths = torch.randint(-2, 2200, (40,)).tolist()
+    check(h_q, pool, lists(40, 1, 2048, 320, 0.1), lengths, extra, lists(40, 1, 129, 200), lengths[::-1])
+
+
+@pytest.mark.parametrize("least", [-4, -30])
+def test_scales_of_v32_far_apart(least: int) -> None:
+    """Rows whose values are up to 2^30 times as large as others', each in a request without and with larger ones."""
+    rows = quantised(656, 8, 64).cache.view(-1, 656)
+    rows[:, 512:528].view(torch.float32).mul_(2.0 ** torch.randint(-40, least, (512, 1)))
+    rows[::7, 512:528].view(torch.float32).mul_(2.0**30)
+    pool = Pool(rows.view(8, 64, 1, 656), decode(rows.view(8, -1), 64, 656))
+    indices = lists(6, 1, 200, 512)
+    indices[:3] += (indices[:3] % 7 == 0).int()  # none of the large rows, but for number 511
+    check(16, pool, indices[:3].clamp(max=510), batch_invariant=True)
+    check(16, pool, indices, batch_invariant=True)
 
 
 @pytest.mark.parametrize(
