@@ -154,16 +154,20 @@ __device__ __forceinline__ float2 e4m3_pair(std::uint32_t codes) {
   return __half22float2(halves);
 }
 
-/// Four numbers E4M3, in two pairs. The instruction takes either half of a word.
-__device__ __forceinline__ void e4m3_pairs(std::uint32_t codes, float2 (&pairs)[2]) {
-  __half2 halves[2];
+/// Four numbers E4M3 in two pairs of float16. The instruction takes either half of a word.
+__device__ __forceinline__ void widen_e4m3(std::uint32_t codes, std::uint32_t& low, std::uint32_t& high) {
   asm("{ .reg .b16 low, high;\n"
       "mov.b32 {low, high}, %2;\n"
       "cvt.rn.f16x2.e4m3x2 %0, low;\n"
       "cvt.rn.f16x2.e4m3x2 %1, high; }"
-      : "=r"(reinterpret_cast<std::uint32_t&>(halves[0])), "=r"(reinterpret_cast<std::uint32_t&>(halves[1]))
+      : "=r"(low), "=r"(high)
       : "r"(codes));
-  pairs[0] = __half22float2(halves[0]), pairs[1] = __half22float2(halves[1]);
+}
+__device__ __forceinline__ void e4m3_pairs(std::uint32_t codes, float2 (&pairs)[2]) {
+  std::uint32_t halves[2];
+  widen_e4m3(codes, halves[0], halves[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) pairs[i] = __half22float2(reinterpret_cast<const __half2&>(halves[i]));
 }
 
 /// A scale that is exact in bfloat16, as are its products with codes.

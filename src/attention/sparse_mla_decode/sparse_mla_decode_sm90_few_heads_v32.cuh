@@ -1,9 +1,9 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
@@ -34,15 +34,6 @@
 
 namespace dsm::sparse_mla_sm90 {
 
-/// Four numbers E4M3 in two pairs of float16.
-__device__ __forceinline__ void widen_e4m3(std::uint32_t codes, std::uint32_t& low, std::uint32_t& high) {
-  asm("{ .reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
-      "cvt.rn.f16x2.e4m3x2 %1, high; }"
-      : "=r"(low), "=r"(high)
-      : "r"(codes));
-}
 __device__ __forceinline__ std::uint32_t product(std::uint32_t pair, std::uint32_t factors) {
   const __half2 its = __hmul2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(factors));
   return reinterpret_cast<const std::uint32_t&>(its);
