@@ -20,13 +20,16 @@
 // that have half of the columns of queries, keys and values each and send each other their part of the scores, which
 // takes half of the memory and copies rows ahead into what is left: 58 us instead of 46 at 64 heads and batch 128, 124
 // instead of 117 at 128 heads, as a row's address, its weights and the exchange (16 KB at 18 bytes a cycle for 64
-// heads) cost both blocks instructions, of which the multiprocessor issues no more.
+// heads) cost both blocks instructions, of which the multiprocessor issues no more; keys and values from registers, as
+// V3.2's few heads have them: 49 us instead of 40 at batch 128, as what converts them for the scores and once more for
+// the values takes the arithmetic units longer than the products, next to which these have half their rate (of V3.2,
+// 94 instead of 105 at 64 heads and batch 128, but 27 instead of 20 at 128 heads and batch 2: more code begins a call).
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
 // L2 flushed by writing, whose lines are written back meanwhile:
-// V4, 64 heads, 128 + 512: batch 2 16.6, 16 22.2 (1.9), 64 31.1 (7.6), 128 37.9 (15), 148 55.8 (18); at most 512 in the
-// second cache: batch 64 27.8 (5.2), 128 43.1 (11). 128 heads, 128 + 1024: batch 64 55.5 (25), 128 118 (49). V3.2,
-// 2048: 64 heads batch 128 99 (46); 128 heads batch 2 20, 64 93 (46), 128 193 (93).
+// V4, 64 heads, 128 + 512: batch 2 16.2, 16 22.0 (1.9), 64 30.5 (7.5), 128 37.5 (15), 148 55.4 (17); at most 512 in the
+// second cache: batch 64 27.6 (5.2), 128 42.6 (10). 128 heads, 128 + 1024: batch 64 55.1 (26), 128 118 (52). V3.2,
+// 2048: 64 heads batch 128 99 (49); 128 heads batch 2 20, 64 93 (49), 128 192 (99).
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"
@@ -47,7 +50,7 @@ using namespace sparse_mla_sm90;
 
 constexpr int kThreads = 4 * kWarpgroup;
 constexpr int kOverheadBlocks = 1;  // what beginning a request costs
-constexpr int kLongPart = 8;        // blocks from which few heads of V3.2 have a kernel of their own
+constexpr int kLongPart = 7;        // blocks from which few heads of V3.2 have a kernel of their own
 constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast on plain rows, or faster
 
 /// What the thread block computes, found by all of its threads; `scratch` is theirs.

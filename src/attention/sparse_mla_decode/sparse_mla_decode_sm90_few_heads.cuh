@@ -25,7 +25,7 @@
 //
 // H200, 16 heads, us end to end, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS) and the same with the kernel
 // for 64 heads: V4, 128 + 512: batch 2 13.6 (0.2; 17.0), 16 16.3 (1.8; 21.8), 64 22.9 (6; 33.2), 128 29.4 (12; 47.6).
-// V3.2, 2048: batch 2 15.6, 64 46.9, 128 79.2 (41; 117).
+// V3.2, 2048: batch 2 13.7; with long lists it has another kernel (sparse_mla_decode_sm90_few_heads_v32.cuh).
 
 namespace dsm::sparse_mla_sm90 {
 

@@ -22,15 +22,15 @@
 // multiplied instead; the reference of the weights is that of these products, so that what contributes most is exact.
 // It rises only where they would leave float16: the maximum is looked for in a request's first round, mostly.
 //
-// Bound by the memory: 656 bytes at any multiple of 16 take it as much as 768, 47 us for 128 requests of 2048 keys, and
-// blocks come every 1.7 us, i.e. in 53; the rest is what begins and ends the call. 64 keys take a warpgroup of scorers
-// 2300 to 2800 cycles (1400 alone), one of adders 1700 to 2000, as others use the arithmetic units meanwhile. What did
-// not help: four chunks of codes to a batch of products instead of two; half as many warps that have rows copied; to
-// have the first rows land before others are asked for. The same with 64 heads: 94 us instead of 105 (batch 128), but
-// 27 instead of 20 (128 heads, batch 2), and with V4's rows 49 instead of 40.
+// Bound by the memory: 656 bytes at any multiple of 16 take it as much as 768, i.e. 47 us for 128 requests of 2048 keys
+// at 4.3 TB/s. 64 keys take a warpgroup of scorers 2300 to 2800 cycles (1400 alone) and one of adders 1700 to 2000, in
+// which others use the arithmetic units as well. What did not help: four chunks of codes to a batch of products instead
+// of two; half as many warps that have rows copied; to have the first rows land before others are asked for; codes of
+// the next rows loaded before the products of these are waited for.
 //
-// H200, 16 heads, 2048 keys, us end to end, beside the limit of bytes at 4.3 TB/s, and the kernel for all few heads:
-// batch 2 16.5 (0.7; 15.5), 64 42.0 (21; 47.4), 128 64.5 (41; 77.7). It is chosen from 8 blocks to a thread block on.
+// H200, 16 heads, 2048 keys, us end to end, beside the kernel for all few heads: rows out of 2^20 or fewer, batch
+// 2 14.9 (13.7), 16 22.3 (20.7), 32 29.4 (30.4), 64 44.5 (47.5), 128 69.2 (79.2); out of 32768 for each of 128
+// requests 59.1 (limit by bytes 41; 77.4). Where thread blocks have few keys, the other kernel begins sooner.
 
 namespace dsm::sparse_mla_sm90 {
 
