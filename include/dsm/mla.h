@@ -13,8 +13,8 @@ namespace dsm {
 // lse is the natural logarithm, float32 (float64 for float64 tensors), +inf for a query without keys, whose output is
 // 0. A score of −inf is no key; one of +inf, or NaN, makes its query's output and lse NaN. Arithmetic is in lse's
 // dtype, and each result is rounded once. Tensor cores take 16-bit operands: GPUs round the probabilities of 16-bit
-// types to q's dtype where more than 32 query rows share a key head or rows are quantised, Hopper always. Hopper also
-// rounds the values of quantised rows to it, and finite scores must be below 2^24 in magnitude there.
+// types to q's dtype (or to 11 bits) where more than 32 query rows share a key head or rows are quantised, Hopper
+// always. Hopper also rounds the values of quantised rows so, and finite scores must be below 2^24 in magnitude there.
 //
 // GPUs share the keys of a call between multiprocessors, which decides the order of sums. With batch_invariant the
 // requests are cut by their own lengths alone: the bits of a request are the same in any batch of up to 4096, at any

@@ -1,6 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
-// Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh), and another one where they are
-// V3.2's and have long lists (sparse_mla_decode_sm90_few_heads_v32.cuh); what follows is the one for more.
+// Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh), and those of V3.2 another one where
+// lists are long or bits must not depend on the batch (sparse_mla_decode_sm90_few_heads_v32.cuh); what follows is the
+// one for more.
 // A thread block has 64 heads of one position and a run of blocks of 64 keys, of one request or of several. Four
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
@@ -138,10 +139,10 @@ __global__ void __launch_bounds__(FewHeadsV32::kThreads, 1)
 
   const int warp = __shfl_sync(cuda::kAllLanes, threadIdx.x / 32, 0) - Few::kAttending / 32;
   if (warp < -Few::kAdders / 32) {
-    cuda::take_registers<112>();
+    cuda::take_registers<120>();
     Few::make_weights(p, part, shared);
   } else if (warp < 0) {
-    cuda::take_registers<112>();
+    cuda::take_registers<104>();
     Few::add_values(p, part, shared);
   } else {
     cuda::give_registers<32>();

@@ -19,8 +19,9 @@
 // weights, two of adders half of the output's columns each; four warps have rows copied.
 //
 // float16 has room for a row's values if its scales are divided by a power of two, 2^e, by which the row's weights are
-// multiplied instead; the reference of the weights is that of these products, so that what contributes most is exact.
-// It rises only where they would leave float16: the maximum is looked for in a request's first round, mostly.
+// multiplied instead; the reference of the weights is that of these products, so that the rows that contribute most are
+// exact to 11 bits, but for groups whose scales are 2^-20 of their row's largest and less. It rises only where weights
+// would leave float16: the maximum is looked for in a request's first round, mostly.
 //
 // Bound by the memory: 656 bytes at any multiple of 16 take it as much as 768, i.e. 47 us for 128 requests of 2048 keys
 // at 4.3 TB/s. 64 keys take a warpgroup of scorers 2300 to 2800 cycles (1400 alone) and one of adders 1700 to 2000, in
@@ -54,7 +55,7 @@ struct FewHeadsV32 {
   static constexpr std::uint32_t kQueryTile = kTileHeads * 128;
   static constexpr float kMostWeight = 14;  // base 2 logarithm
 
-  enum : int { kScoring = 1, kQueries = 2, kQueriesThere = 3 };  // named barriers
+  enum : int { kScoring = 1, kQueriesThere = 2 };  // named barriers
 
   using Rows = FactoredRows;
 
@@ -69,7 +70,7 @@ struct FewHeadsV32 {
     alignas(16) float of_warps[kTileHeads][kScorers / 32];
     alignas(16) float factors[kMessages][kTileHeads];  // that the output is to be multiplied by, if
     int multiplies[kMessages];
-    unsigned largest_query[kAttending / 32];
+    float query_power[kTileHeads];
     cuda::MBarrier sent[kMessages], taken[kMessages];
 
     __device__ void init() {
@@ -84,23 +85,22 @@ struct FewHeadsV32 {
   __device__ __forceinline__ static int warp() { return threadIdx.x % kWarpgroup / 32; }
   __device__ __forceinline__ static int head(int own) { return own / 2 * 8 + lane() % 4 * 2 + own % 2; }
 
-  /// Puts the queries of a request into shared memory, as float16 (the tail's as bfloat16) 2^-e times as large; returns
-  /// 2^e. All that attend call it; who reads the queries waits for kQueriesThere.
-  __device__ __forceinline__ static float bring_queries(const Problem& p, int request, Shared& shared) {
-    constexpr int kUnits = Record::kWidth / 16, kAll = kTileHeads * kUnits;  // of 16 columns
-    const __nv_bfloat16* q = p.q + request * p.q_request + RowTile(p).position * p.q_position;
+  /// Puts the queries of a request into shared memory, as float16 (the tail's as bfloat16) 2^-e times as large, with
+  /// 2^e of each head. Each of those who attend calls it, a warp for a head; who reads waits for kQueriesThere.
+  __device__ __forceinline__ static void bring_queries(const Problem& p, int request, Shared& shared) {
+    constexpr int kUnits = Record::kWidth / 16;  // of 16 columns
+    static_assert(kAttending / 32 == kTileHeads);
+    const int row = threadIdx.x / 32;
+    const __nv_bfloat16* q = p.q + request * p.q_request + RowTile(p).position * p.q_position + row * p.q_head;
     const auto place = [&](int unit, int half) {
-      const int row = unit / kUnits, column = unit % kUnits * 16;
-      return cuda::shared_address(shared.q) + column / 64 * kQueryTile + cuda::swizzled(row, column % 64 / 8 + half);
+      return cuda::shared_address(shared.q) + unit / 4 * kQueryTile + cuda::swizzled(row, unit % 4 * 2 + half);
     };
     std::uint32_t largest = 0;
 #pragma unroll 1
-    for (int unit = threadIdx.x; unit < kAll; unit += kAttending) {
-      const int row = unit / kUnits, column = unit % kUnits * 16;
-      const auto* from = reinterpret_cast<const uint4*>(q + row * p.q_head + column);
+    for (int unit = lane(); unit < kUnits; unit += 32) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 its = row < p.h_q ? from[half] : uint4{};
+        const uint4 its = row < p.h_q ? reinterpret_cast<const uint4*>(q)[2 * unit + half] : uint4{};
         const std::uint32_t words[4] = {its.x, its.y, its.z, its.w};
 #pragma unroll
         for (int w = 0; w < 4; ++w) largest = __vmaxu2(largest, words[w] & 0x7fff7fff);
@@ -108,14 +108,12 @@ struct FewHeadsV32 {
       }
     }
     largest = __reduce_max_sync(cuda::kAllLanes, max(largest >> 16, largest & 0xffff));
-    if (lane() == 0) shared.largest_query[threadIdx.x / 32] = largest;
-    cuda::named_sync(kQueries, kAttending);
-    largest = __reduce_max_sync(cuda::kAllLanes, shared.largest_query[lane() % (kAttending / 32)]);
     const int exponent = max(static_cast<int>(largest >> 7) - 127 - 14, -100);
     const float inverse = __uint_as_float((127 - exponent) << 23);
+    if (lane() == 0) shared.query_power[row] = __uint_as_float((127 + exponent) << 23);
 #pragma unroll 1
-    for (int unit = threadIdx.x; unit < kAll; unit += kAttending) {
-      const bool tail = unit % kUnits * 16 >= Record::kQuantized;
+    for (int unit = lane(); unit < kUnits; unit += 32) {
+      const bool tail = unit * 16 >= Record::kQuantized;
       const uint4 halves[2] = {load_piece(place(unit, 0)), load_piece(place(unit, 1))};
       std::uint32_t words[8];
 #pragma unroll
@@ -133,7 +131,6 @@ struct FewHeadsV32 {
       store_chunk(place(unit, 1), high);
     }
     cuda::fence_async_shared();
-    return __uint_as_float((127 + exponent) << 23);
   }
 
   // ---- scores and weights: a warpgroup of scorers has one of a round's blocks ----
@@ -223,44 +220,52 @@ struct FewHeadsV32 {
   }
 
   /// The running softmax of a thread's own heads; sums are over its own keys. Weights, times 2^e of their rows, have a
-  /// reference so near the greatest one that they are up to 2^kMostWeight.
+  /// reference so near the greatest one that they are up to 2^kMostWeight: -inf where no key has been seen.
   struct Softmax {
-    float most[kOwnHeads] = {}, sum[kOwnHeads] = {};
-    bool first = true;  // no key so far
+    float scale[kOwnHeads], most[kOwnHeads], sum[kOwnHeads];
+
+    __device__ Softmax(const Problem& p, const Shared& shared) {
+#pragma unroll
+      for (int h = 0; h < kOwnHeads; ++h)
+        scale[h] = p.scale * shared.query_power[head(h)], most[h] = -INFINITY, sum[h] = 0;
+    }
 
     /// Scores become weights of the rows' values. Returns whether earlier ones are to be multiplied by `factors`.
-    __device__ __forceinline__ bool weigh(Product& s, unsigned valid, const Rows& rows, float scale, float* factors,
+    __device__ __forceinline__ bool weigh(Product& s, unsigned valid, const Rows& rows, float* factors,
                                           Shared& shared) {
       const int own = warp() % 2 * 16 + lane() / 4;
       const float power[2] = {rows.power[own], rows.power[own + 8]};
-      float exponent[2], over = -INFINITY;
+      float exponent[2];
+      bool over = false;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         exponent[i] = static_cast<float>(static_cast<int>(__float_as_uint(power[i]) >> 23) - 127);
         const bool is_key = valid >> (own + 8 * i) & 1;
 #pragma unroll
         for (int h = 0; h < kOwnHeads; ++h) {
+          const bool none = most[h] == -INFINITY;
           float& x = s[h / 2 * 4 + 2 * i + h % 2];
-          x = is_key ? fmaf(x, scale * power[i], -most[h]) : -INFINITY;
-          over = fmaxf(over, x + exponent[i]);
+          x = is_key ? fmaf(x, scale[h] * power[i], none ? 0 : -most[h]) : -INFINITY;
+          over |= x + exponent[i] > (none ? -INFINITY : kMostWeight);
         }
       }
-      const bool rises = any_of_scorers(first || over > kMostWeight), multiplies = rises && !first;
+      const bool rises = any_of_scorers(over);
       if (rises) {
-        float highest[kOwnHeads];
+        float rise[kOwnHeads];
 #pragma unroll
         for (int h = 0; h < kOwnHeads; ++h)
-          highest[h] = fmaxf(s[h / 2 * 4 + h % 2] + exponent[0], s[h / 2 * 4 + 2 + h % 2] + exponent[1]);
-        combine(highest, shared, [](float x, float y) { return fmaxf(x, y); });
+          rise[h] = fmaxf(s[h / 2 * 4 + h % 2] + exponent[0], s[h / 2 * 4 + 2 + h % 2] + exponent[1]);
+        combine(rise, shared, [](float x, float y) { return fmaxf(x, y); });
 #pragma unroll
         for (int h = 0; h < kOwnHeads; ++h) {
-          const float rise = first ? (highest[h] == -INFINITY ? 0 : highest[h]) : fmaxf(highest[h], 0.f);
-          const float factor = first ? 1 : cuda::power_of_two(-rise);
-          most[h] += rise, sum[h] *= factor;
-          s[h / 2 * 4 + h % 2] -= rise, s[h / 2 * 4 + 2 + h % 2] -= rise;
+          const bool none = most[h] == -INFINITY;
+          const float by = none ? (rise[h] == -INFINITY ? 0 : rise[h]) : fmaxf(rise[h], 0.f);
+          const float factor = none ? 1 : cuda::power_of_two(-by);
+          most[h] = none ? rise[h] : most[h] + by;
+          sum[h] *= factor;
+          s[h / 2 * 4 + h % 2] -= by, s[h / 2 * 4 + 2 + h % 2] -= by;
           if (threadIdx.x < 4) factors[head(h)] = factor;
         }
-        if (first) first = !any_of_scorers((valid >> own & 1) != 0 || (valid >> (own + 8) & 1) != 0);
       }
 #pragma unroll
       for (int h = 0; h < kOwnHeads; ++h)
@@ -271,7 +276,7 @@ struct FewHeadsV32 {
           sum[h] += x;
           x *= power[i];
         }
-      return multiplies;
+      return rises;
     }
 
     /// Factors of finished heads, whose statistics go to the result or the workspace.
@@ -332,9 +337,9 @@ struct FewHeadsV32 {
     for (int request = part.first_request; request <= part.last_request; ++request) {
       const Run run(p, part, request);
       const int slot = slot_of(part, run, request);
-      const float scale = p.scale * bring_queries(p, request, shared);
+      bring_queries(p, request, shared);
       cuda::named_sync(kQueriesThere, kAttending);
-      Softmax softmax;
+      Softmax softmax(p, shared);
 #pragma unroll 1
       for (int block = run.begin; block < run.end; block += kBlocks, ++message.n) {
         const bool there = block + which < run.end;
@@ -344,11 +349,11 @@ struct FewHeadsV32 {
           rows.landed.wait(half / Shared::kRows % 2);
           factor_rows(rows, warp() % 2 * 16);
         }
-        Product s;
+        Product s;  // of whatever is there where there is no block: nobody reads its weights
         multiply_queries(s, shared, rows);
         message.await_place(shared);
         const int buffer = message.buffer();
-        const bool multiplies = softmax.weigh(s, there ? rows.valid : 0, rows, scale, shared.factors[buffer], shared);
+        const bool multiplies = softmax.weigh(s, there ? rows.valid : 0, rows, shared.factors[buffer], shared);
         if (threadIdx.x == 0) shared.multiplies[buffer] = multiplies;
         store_weights(s, shared.weights[buffer][which]);
         cuda::fence_async_shared();

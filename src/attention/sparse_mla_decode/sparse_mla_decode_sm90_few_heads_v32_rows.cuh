@@ -12,7 +12,8 @@
 
 namespace dsm::sparse_mla_sm90 {
 
-/// Half of a block's rows. A row's values are 2^e times its codes times factors up to 1, which float16 has room for.
+/// Half of a block's rows. A row's values are 2^e times its codes times factors, the largest from 32 to 64, so that
+/// float16 has room for both.
 struct FactoredRows : CopiedRows<KvV32Fp8, KvV32Fp8> {
   static constexpr int kGroups = KvV32Fp8::kQuantized / KvV32Fp8::kGroup;
 
@@ -34,7 +35,7 @@ __device__ __forceinline__ void factor_rows(FactoredRows& rows, int first) {
     std::uint32_t largest = 0;
 #pragma unroll
     for (int g = 0; g < FactoredRows::kGroups; ++g) largest = max(largest, word(scales, g) & 0x7fffffff);
-    const int exponent = min(max(static_cast<int>(largest >> 23) - 126, -kMostExponent), kMostExponent);
+    const int exponent = min(max(static_cast<int>(largest >> 23) - 126 - 6, -kMostExponent), kMostExponent);
     const float inverse = __uint_as_float((127 - exponent) << 23);
 #pragma unroll
     for (int g = 0; g < FactoredRows::kGroups; ++g)

@@ -9,8 +9,8 @@
 #include "src/cuda/copy/async.cuh"
 #include "src/cuda/ptx/bulk_copy.cuh"
 
-// Cached rows become tiles of keys by way of shared memory, where there is room: two warps have whole rows copied
-// there, and memory that has much to do holds up nobody else; eight turn them into keys.
+// Whole rows are copied to shared memory, where there is room, by warps of their own: memory that has much to do holds
+// up nobody else. Eight other warps turn them into tiles of keys, unless who multiplies takes them as they are.
 
 namespace dsm::sparse_mla_sm90 {
 
@@ -40,7 +40,7 @@ struct CopiedRows {
   bool extra;           ///< rows of the second list
   cuda::MBarrier landed, free;
 
-  /// `readers`: warps that read all of it.
+  /// `readers`: warps that let go of it.
   __device__ void init(int readers) {
     landed.init(kScalesInRow<Record> ? 1 : 1 + 32);
     free.init(readers);

@@ -147,6 +147,45 @@ def test_few_heads_of_v32(h_q: int) -> None:
     check(h_q, pool, lists(40, 1, 2048, 320, 0.1), lengths, extra, lists(40, 1, 129, 200), lengths[::-1])
 
 
+def test_few_heads_of_v32_keep_to_themselves() -> None:
+    """Queries 2^20 times as large as others', NaN or infinite are those of their own heads."""
+    pool, indices = of_rows(656, 8, 64), lists(3, 1, 200, 512)
+    q = torch.randn(3, 1, 16, 576).bfloat16()
+    q[:, :, 1::2] *= 2.0**20
+    q[1, 0, 3, 7], q[1, 0, 5, 570] = math.nan, math.inf
+    with forced("sparse_mla_decode", "sm90"):
+        out, lse = dsm.ops.sparse_mla_decode(
+            q.cuda(), pool.cache.cuda(), indices.cuda(), softmax_scale=0.02, batch_invariant=True
+        )
+    expected, expected_lse = truth(q[:, :, ::2].cuda(), [Listed(pool, indices)], 0.02, None)
+    assert_close("out", out[:, :, ::2], expected, rounded_terms=True)
+    assert_close("lse", lse[:, ::2], expected_lse, rounded_terms=True)
+    spoilt = out.isnan().any(-1)[:, 0]
+    assert spoilt[1, 3]
+    assert spoilt[1, 5]
+    assert spoilt.sum() == 2
+
+
+def test_scores_of_minus_infinity_of_v32() -> None:
+    """They are no keys: alone in a request's first blocks, they do not set what later weights are measured by."""
+    pool, indices = of_rows(656, 8, 64), lists(2, 1, 300, 512)
+    pool.cache.view(-1, 656)[5, 654:] = torch.tensor([0x80, 0xFF], dtype=torch.uint8)
+    pool.values[5, 575] = -math.inf
+    indices[indices == 5] = 6
+    indices[:, :, :130] = -1
+    indices[:, :, 17] = 5
+    q = torch.randn(2, 1, 16, 576).abs().bfloat16() * -1
+    q[..., 575] = 1
+    scale = 1.0
+    with forced("sparse_mla_decode", "sm90"):
+        out, lse = dsm.ops.sparse_mla_decode(
+            q.cuda(), pool.cache.cuda(), indices.cuda(), softmax_scale=scale, batch_invariant=True
+        )
+    expected, expected_lse = truth(q.cuda(), [Listed(pool, indices)], scale, None)
+    assert_close("out", out, expected, rounded_terms=True)
+    assert_close("lse", lse, expected_lse, rounded_terms=True)
+
+
 @pytest.mark.parametrize("least", [-4, -30])
 def test_scales_of_v32_far_apart(least: int) -> None:
     """Rows whose values are up to 2^30 times as large as others', each in a request without and with larger ones."""
