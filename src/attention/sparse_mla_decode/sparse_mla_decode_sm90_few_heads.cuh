@@ -90,24 +90,6 @@ struct FewHeads : FewHeadsSoftmax {
     }
   }
 
-  /// Weights to shared memory, where products of all four warps take them.
-  __device__ __forceinline__ static void store_weights(const Product& weights, std::uint8_t* tile) {
-#pragma unroll
-    for (int j = 0; j < kTileHeads / 8; j += 2) {
-      std::uint32_t words[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const float* pair = &weights[4 * (j + m / 2) + 2 * (m % 2)];
-        words[m] = cuda::rounded_pair<__nv_bfloat16>(pair[0], pair[1]);
-      }
-      const int matrix = lane() / 8;
-      cuda::store_transposed(
-          cuda::shared_address(tile) + cuda::swizzled(8 * (j + matrix / 2) + lane() % 8, 2 * warp() + matrix % 2),
-          words);
-    }
-    cuda::fence_async_shared();
-  }
-
   /// The output: of each column tile.
   struct Output {
     Product values[kValues / 64] = {};
@@ -237,7 +219,7 @@ struct FewHeads : FewHeadsSoftmax {
         cuda::wgmma_wait<0>();
         cuda::wgmma_registers(s);
         softmax.weigh(s, shared.valid[use.buffer()], p.scale, shared.of_warps, factors);
-        store_weights(s, shared.weights);
+        store_weights<__nv_bfloat16>(s, shared.weights);
         if (request < part.last_request && block == run.end - 1)  // the queries' last use is over
           ask_queries(p, request + 1, shared);
         cuda::named_sync(kWeighing, kWarpgroup);

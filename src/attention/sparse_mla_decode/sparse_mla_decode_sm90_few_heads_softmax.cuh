@@ -5,6 +5,7 @@
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
+#include "src/cuda/ptx/wgmma.cuh"
 #include "src/cuda/reduce/warp.cuh"
 
 // Scores of up to 16 heads become weights, where keys are the rows of a product and heads its columns.
@@ -27,6 +28,19 @@ struct FewHeadsSoftmax {
   __device__ __forceinline__ static int warp() { return threadIdx.x % kWarpgroup / 32; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ static int head(int own) { return own / 2 * 8 + lane() % 4 * 2 + own % 2; }
+
+  /// Weights to a swizzled tile in shared memory, heads by keys, where products of all warps take them.
+  template <class T>
+  __device__ __forceinline__ static void store_weights(const Product& weights, std::uint8_t* tile) {
+    static_assert(kTileHeads == 16);
+    std::uint32_t words[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) words[m] = cuda::rounded_pair<T>(weights[2 * m], weights[2 * m + 1]);
+    const int matrix = lane() / 8;
+    cuda::store_transposed(
+        cuda::shared_address(tile) + cuda::swizzled(8 * (matrix / 2) + lane() % 8, 2 * warp() + matrix % 2), words);
+    cuda::fence_async_shared();
+  }
 
   /// Combines numbers of a thread's own heads over all keys of the warpgroup; all of its threads wait for each other.
   template <class Op>

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_softmax.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_v32_rows.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
 #include "src/cuda/ptx/mma.cuh"
@@ -44,15 +45,13 @@ __device__ __forceinline__ __nv_bfloat162 bfloats_of(std::uint32_t word) {
   return reinterpret_cast<const __nv_bfloat162&>(word);
 }
 
-struct FewHeadsV32 {
+struct FewHeadsV32 : FewHeadsSoftmax {
   using Record = KvV32Fp8;
-  static constexpr int kTileHeads = 16;  // of a thread block
-  static constexpr int kBlocks = 2;      // of keys in a round
+  static constexpr int kBlocks = 2;  // of keys in a round
   static constexpr int kScorers = kBlocks * kWarpgroup, kAdders = 2 * kWarpgroup, kAttending = kScorers + kAdders;
   static constexpr int kThreads = kAttending + kWarpgroup;
   static constexpr int kTiles = Record::kWidth / 64;
-  static constexpr int kOwnHeads = kTileHeads / 4;  // of a scorer: number 2 n + k is head 8 n + 2 (lane % 4) + k
-  static constexpr int kMessages = 2;               // that may be under way
+  static constexpr int kMessages = 2;  // that may be under way
   static constexpr std::uint32_t kQueryTile = kTileHeads * 128;
   static constexpr float kMostWeight = 14;  // base 2 logarithm
 
@@ -80,11 +79,6 @@ struct FewHeadsV32 {
       cuda::fence_barrier_init();
     }
   };
-  using Product = float[kTileHeads / 2];
-
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static int warp() { return threadIdx.x % kWarpgroup / 32; }
-  __device__ __forceinline__ static int head(int own) { return own / 2 * 8 + lane() % 4 * 2 + own % 2; }
 
   /// Puts the queries of a request into shared memory, as float16 (the tail's as bfloat16) 2^-e times as large, with
   /// 2^e of each head. Each of those who attend calls it, a warp for a head; who reads waits for kQueriesThere.
@@ -303,16 +297,6 @@ struct FewHeadsV32 {
     }
   };
 
-  /// Weights to shared memory, where products of all adders take them.
-  __device__ __forceinline__ static void store_weights(const Product& weights, std::uint8_t* tile) {
-    std::uint32_t words[4];
-#pragma unroll
-    for (int m = 0; m < 4; ++m) words[m] = cuda::rounded_pair<__half>(weights[2 * m], weights[2 * m + 1]);
-    const int matrix = lane() / 8;
-    cuda::store_transposed(
-        cuda::shared_address(tile) + cuda::swizzled(8 * (matrix / 2) + lane() % 8, 2 * warp() + matrix % 2), words);
-  }
-
   /// A message has the weights of a round, or the factors of a finished request.
   struct Message {
     int n = 0;
@@ -356,8 +340,7 @@ struct FewHeadsV32 {
         const int buffer = message.buffer();
         const bool multiplies = softmax.weigh(s, there ? rows.valid : 0, rows, shared.factors[buffer], shared);
         if (threadIdx.x == 0) shared.multiplies[buffer] = multiplies;
-        store_weights(s, shared.weights[buffer][which]);
-        cuda::fence_async_shared();
+        store_weights<__half>(s, shared.weights[buffer][which]);
         message.send(shared);
         n += min(kBlocks, run.end - block);
       }

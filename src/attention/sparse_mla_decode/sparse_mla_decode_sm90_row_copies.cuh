@@ -47,8 +47,8 @@ struct CopiedRows {
   }
 };
 
-/// Has every kWarps-th half of a block's rows copied, by warp `warp` of so many: a lane finds the row of its place,
-/// whose index it asked for a half earlier.
+/// Has every kWarps-th of the halves of all blocks copied, by warp `warp` of so many: a lane finds the row of its
+/// place, whose index it asked for before it began the half before.
 template <class Record, class Extra, int kWarps, class S>
 __device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part& part, S& shared, int warp) {
   const int lane = threadIdx.x % 32, lane_of_place = lane % 4 * 8 + lane / 4 % 2 * 4;

@@ -169,13 +169,14 @@ def test_few_heads_of_v32_keep_to_themselves() -> None:
 def test_scores_of_minus_infinity_of_v32() -> None:
     """They are no keys: alone in a request's first blocks, they do not set what later weights are measured by."""
     pool, indices = of_rows(656, 8, 64), lists(2, 1, 300, 512)
-    pool.cache.view(-1, 656)[5, 654:] = torch.tensor([0x80, 0xFF], dtype=torch.uint8)
-    pool.values[5, 575] = -math.inf
+    tails = pool.cache.view(-1, 656)[:, 528:].view(torch.bfloat16)
+    tails[:, 62], tails[5, 63] = 64, -math.inf
+    pool.values[:, 574], pool.values[5, 575] = 64, -math.inf
     indices[indices == 5] = 6
     indices[:, :, :130] = -1
     indices[:, :, 17] = 5
-    q = torch.randn(2, 1, 16, 576).abs().bfloat16() * -1
-    q[..., 575] = 1
+    q = 0.05 * torch.randn(2, 1, 16, 576).bfloat16()
+    q[..., 574], q[..., 575] = -1, 1  # all other scores are about -64
     scale = 1.0
     with forced("sparse_mla_decode", "sm90"):
         out, lse = dsm.ops.sparse_mla_decode(
