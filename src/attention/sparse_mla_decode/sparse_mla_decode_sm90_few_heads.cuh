@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "src/attention/few_heads_softmax_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
-#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_softmax.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_row_copies.cuh"
 #include "src/cuda/copy/async.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
@@ -30,7 +30,7 @@
 namespace dsm::sparse_mla_sm90 {
 
 template <class Record, class Extra>
-struct FewHeads : FewHeadsSoftmax {
+struct FewHeads : attention::FewHeadsSoftmax<1> {
   static constexpr int kThreads = kWarpgroup + (kConverters + kCopiers) * 32;
   static constexpr int kTiles = Record::kWidth / 64;
   static constexpr std::uint32_t kQueryTileBytes = kTileHeads * 128;
@@ -71,7 +71,7 @@ struct FewHeads : FewHeadsSoftmax {
   __device__ __forceinline__ static void await_queries() {
     cuda::await_copy_groups<0>();
     cuda::fence_async_shared();
-    cuda::named_sync(kWeighing, kWarpgroup);
+    await_warpgroup();
   }
 
   /// Scores of a block of keys when it is there, not waited for.
@@ -222,7 +222,7 @@ struct FewHeads : FewHeadsSoftmax {
         store_weights<__nv_bfloat16>(s, shared.weights);
         if (request < part.last_request && block == run.end - 1)  // the queries' last use is over
           ask_queries(p, request + 1, shared);
-        cuda::named_sync(kWeighing, kWarpgroup);
+        await_warpgroup();
         o.multiply(factors);
         o.add_products(shared, use);
       }

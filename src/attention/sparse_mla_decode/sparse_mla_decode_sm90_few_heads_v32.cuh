@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "src/attention/few_heads_softmax_sm90.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
-#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_softmax.cuh"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90_few_heads_v32_rows.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
 #include "src/cuda/ptx/mma.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ __nv_bfloat162 bfloats_of(std::uint32_t word) {
   return reinterpret_cast<const __nv_bfloat162&>(word);
 }
 
-struct FewHeadsV32 : FewHeadsSoftmax {
+struct FewHeadsV32 : attention::FewHeadsSoftmax<1> {
   using Record = KvV32Fp8;
   static constexpr int kBlocks = 2;  // of keys in a round
   static constexpr int kScorers = kBlocks * kWarpgroup, kAdders = 2 * kWarpgroup, kAttending = kScorers + kAdders;

@@ -3,20 +3,22 @@
 
 #include <cstdint>
 
-#include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.cuh"
 #include "src/cuda/ptx/arithmetic.cuh"
+#include "src/cuda/ptx/barrier.cuh"
 #include "src/cuda/ptx/wgmma.cuh"
 #include "src/cuda/reduce/warp.cuh"
 
 // Scores of up to 16 heads become weights, where keys are the rows of a product and heads its columns.
 
-namespace dsm::sparse_mla_sm90 {
+namespace dsm::attention {
 
+/// For one warpgroup, or so many of a block, the first ones, each by itself.
+template <int kWarpgroups>
 struct FewHeadsSoftmax {
   static constexpr int kTileHeads = 16;  // of a thread block
-  static constexpr int kWarps = kWarpgroup / 32;
+  static constexpr int kWarpgroup = 128, kWarps = kWarpgroup / 32;
   static constexpr int kOwnHeads = kTileHeads / 4;  // of a thread: number 2 j + k is head 8 j + 2 (lane % 4) + k
-  static constexpr int kWeighing = 1;               // named barrier of the warps that do not bring keys
+  static constexpr int kWeighing = 1;               // named barrier of the first warpgroup, those of others follow
 
   /// Of each head, what a warp's keys come to.
   using OfWarps = float[kTileHeads][kWarps];
@@ -28,6 +30,11 @@ struct FewHeadsSoftmax {
   __device__ __forceinline__ static int warp() { return threadIdx.x % kWarpgroup / 32; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ static int head(int own) { return own / 2 * 8 + lane() % 4 * 2 + own % 2; }
+
+  /// Warps of the thread's warpgroup wait for each other.
+  __device__ __forceinline__ static void await_warpgroup() {
+    cuda::named_sync(kWarpgroups == 1 ? kWeighing : kWeighing + threadIdx.x / kWarpgroup, kWarpgroup);
+  }
 
   /// Weights to a swizzled tile in shared memory, heads by keys, where products of all warps take them.
   template <class T>
@@ -61,7 +68,7 @@ struct FewHeadsSoftmax {
       }
     }
     of_warps[head(lane() * kOwnHeads / 32)][warp()] = mine[0];
-    cuda::named_sync(kWeighing, kWarpgroup);
+    await_warpgroup();
 #pragma unroll
     for (int i = 0; i < kOwnHeads; ++i) {
       const float4 all = *reinterpret_cast<const float4*>(of_warps[head(i)]);
@@ -113,4 +120,4 @@ struct FewHeadsSoftmax {
   };
 };
 
-}  // namespace dsm::sparse_mla_sm90
+}  // namespace dsm::attention
