@@ -3,6 +3,7 @@
 
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90.cuh"
 #include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90.h"
+#include "src/attention/sparse_mla_prefill/sparse_mla_prefill_sm90_few_heads.cuh"
 #include "src/cuda/copy/pack.cuh"
 #include "src/cuda/copy/tensor_map.h"
 #include "src/cuda/launch/launch.h"
@@ -12,17 +13,27 @@ namespace {
 
 constexpr const char* kName = "sparse_mla_prefill";
 
+using Kernel = void (*)(sparse_prefill_sm90::Problem, CUtensorMap, CUtensorMap);
+
+void launch_prefill(Kernel kernel, std::size_t shared_bytes, const sparse_prefill_sm90::Problem& problem,
+                    const CUtensorMap& q, const CUtensorMap& out, const Launch& launch) {
+  cuda::allow_shared_bytes(kName, kernel, shared_bytes);
+  const std::int32_t blocks = std::min<std::int32_t>(problem.items, cuda::multiprocessors(kName));
+  cuda::check(cudaMemsetAsync(problem.taken, 0, sizeof(*problem.taken), static_cast<cudaStream_t>(launch.stream)),
+              kName);
+  cuda::launch(kName, kernel, dim3(static_cast<unsigned>(blocks)), dim3(sparse_prefill_sm90::kThreads), shared_bytes,
+               launch, problem, q, out);
+}
+
 template <class T, int kTiles>
 void launch_prefill(const sparse_prefill_sm90::Problem& problem, const CUtensorMap& q, const CUtensorMap& out,
                     const Launch& launch) {
   using namespace sparse_prefill_sm90;
-  const auto kernel = sparse_mla_prefill_sm90_kernel<T, kTiles>;
-  constexpr std::size_t kBytes = sizeof(Shared<kTiles>);
-  cuda::allow_shared_bytes(kName, kernel, kBytes);
-  const std::int32_t blocks = std::min<std::int32_t>(problem.items, cuda::multiprocessors(kName));
-  cuda::check(cudaMemsetAsync(problem.taken, 0, sizeof(*problem.taken), static_cast<cudaStream_t>(launch.stream)),
-              kName);
-  cuda::launch(kName, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kBytes, launch, problem, q, out);
+  if (problem.h_q <= kFewHeads)
+    launch_prefill(sparse_mla_prefill_few_heads_sm90_kernel<T, kTiles>, sizeof(typename FewHeads<T, kTiles>::Shared),
+                   problem, q, out, launch);
+  else
+    launch_prefill(sparse_mla_prefill_sm90_kernel<T, kTiles>, sizeof(Shared<kTiles>), problem, q, out, launch);
 }
 
 }  // namespace
@@ -73,7 +84,9 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
                                 rows.data, columns, h_q, s_q, h_q > 1 ? rows.stride[1] : columns,
                                 s_q > 1 ? rows.stride[0] : columns, box_rows, box_tiles);
   };
-  const CUtensorMap q = map(a.q, sparse_prefill_sm90::kHeads, 1), out = map(a.out, 16, 4);
+  const bool few = h_q <= sparse_prefill_sm90::kFewHeads;
+  const CUtensorMap q = map(a.q, few ? sparse_prefill_sm90::kFewHeads : sparse_prefill_sm90::kHeads, 1),
+                    out = map(a.out, 16, few ? 1 : 4);
   const bool wide = a.q.size(2) == 576;
   if (bfloat)
     wide ? launch_prefill<__nv_bfloat16, 9>(problem, q, out, launch)

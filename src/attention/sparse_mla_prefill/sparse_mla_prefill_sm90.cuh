@@ -37,16 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte bytes[];
   Shared<kTiles>& shared = *reinterpret_cast<Shared<kTiles>*>(bytes);
-  if (threadIdx.x == 0) {
-    shared.q_free.init(8);
-    for (int i = 0; i < 2; ++i) {
-      shared.q_ready[i].init(1);
-      shared.valid_ready[i].init(4);
-      for (MBarrier& group : shared.k_ready[i]) group.init(128);
-      for (MBarrier& half : shared.k_free[i]) half.init(4);
-    }
-    fence_barrier_init();
-  }
+  if (threadIdx.x == 0) shared.init_barriers();
   __syncthreads();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {

@@ -11,12 +11,13 @@
 // 4352 cycles of products (d_qk 576), asks 4800 of shared memory's port, and takes 5600, the ends of queries included,
 // which are some 3500 a query and 64 heads. Without copies of rows it would take 7 % fewer with 8192 keys and 11 %
 // fewer with 131072, where two in five come from the device's memory. H200, s_q 4096, bfloat16, random rows, us | part
-// of the limit (740 TFLOPS, or 5.6 TB/s of rows where h_q is 16) | FlashMLA of vLLM's wheel, padded to 64 heads, in
-// turns with it, under the power limit:
+// of the limit of 740 TFLOPS | FlashMLA of vLLM's wheel, in turns with it, under the power limit:
 //
 //   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3704 | 85 % | 4378      d_qk 512, h_q 64, topk  512:  465 | 80 % |  554
-//                                 s_kv  32768: 3917 | 81 % | 4419      d_qk 576, h_q 16, topk 2048: 1657 |104 % | 1963
+//                                 s_kv  32768: 3917 | 81 % | 4419
 //                                 s_kv 131072: 4353 | 73 % | 4804
+//
+// Up to 16 heads have a kernel of their own (sparse_mla_prefill_sm90_few_heads.cuh).
 //
 // Weights relative to a maximum that may lag by 2^8 save 3 to 5 % of the time, as the output is rarely rescaled then,
 // and make the error 2 to 5 % larger. No gain: L2 prefetches of the next keys, line by line or by rows that the head

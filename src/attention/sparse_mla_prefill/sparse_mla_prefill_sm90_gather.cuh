@@ -12,8 +12,8 @@ namespace dsm::sparse_prefill_sm90 {
 
 using namespace cuda;
 
-template <class T, int kTiles>
-__device__ void gather(const Problem& problem, const CUtensorMap& queries, Shared<kTiles>& shared) {
+template <class T, int kTiles, int kItemHeads>
+__device__ void gather(const Problem& problem, const CUtensorMap& queries, Gathered<kTiles, kItemHeads>& shared) {
   const int warp = threadIdx.x % 128 / kWarpSize, lane = threadIdx.x % kWarpSize;
   const T* const kv = static_cast<const T*>(problem.kv);
   std::uint32_t parity = 1, q_parity = 1;  // of the phase before
@@ -26,7 +26,7 @@ __device__ void gather(const Problem& problem, const CUtensorMap& queries, Share
     return shared.taken[q_parity];
   };
   for (std::int32_t number = blockIdx.x, taken = 0; number < problem.items; number = next_item(taken)) {
-    const std::int32_t query = number / problem.head_tiles, first_head = number % problem.head_tiles * kHeads;
+    const std::int32_t query = number / problem.head_tiles, first_head = number % problem.head_tiles * kItemHeads;
     const int keys = problem.topk_length ? min(max(problem.topk_length[query], 0), problem.topk) : problem.topk;
     const int pairs = max((keys + 2 * kKeys - 1) / (2 * kKeys), 1);
     const std::int32_t* const list = problem.indices + query * problem.indices_token;
@@ -47,7 +47,7 @@ __device__ void gather(const Problem& problem, const CUtensorMap& queries, Share
 #pragma unroll
       for (int half : {kLeft, kRight}) {
         const int begin = half == kLeft ? 0 : 4, end = half == kLeft ? 4 : kTiles;
-        shared.q_ready[half].arrive_expecting((end - begin) * sizeof(Tile));
+        shared.q_ready[half].arrive_expecting((end - begin) * sizeof(shared.q[0]));
 #pragma unroll
         for (int tile = begin; tile < end; ++tile)
           tensor_load(&shared.q[tile], queries, 0, first_head, tile, query, shared.q_ready[half], L2Hint::kEvictFirst);
@@ -70,7 +70,7 @@ __device__ void gather(const Problem& problem, const CUtensorMap& queries, Share
       };
       const auto tell_valid = [&](int block) {
         if (lane != 0) return;
-        if (first && pair == 0) shared.item[block] = {query, first_head / kHeads, pairs};
+        if (first && pair == 0) shared.item[block] = {query, first_head / kItemHeads, pairs};
         shared.valid[block][warp] = static_cast<std::uint16_t>(valid >> 16 * block);
         shared.valid_ready[block].arrive();
       };

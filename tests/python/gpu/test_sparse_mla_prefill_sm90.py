@@ -82,7 +82,18 @@ class Problem(NamedTuple):
 @pytest.mark.parametrize("d_qk", [512, 576])
 @pytest.mark.parametrize(
     ("s_q", "h_q", "topk"),
-    [(1, 1, 1), (3, 16, 64), (2, 64, 127), (300, 64, 512), (150, 128, 640), (5, 40, 129), (9, 200, 128), (3, 8, 0)],
+    [
+        (1, 1, 1),
+        (3, 16, 64),
+        (300, 16, 512),
+        (150, 9, 640),
+        (2, 64, 127),
+        (300, 64, 512),
+        (150, 128, 640),
+        (5, 17, 129),
+        (9, 200, 128),
+        (3, 8, 0),
+    ],
 )
 @pytest.mark.parametrize("sinks", [False, True])
 def test_agrees_with_float64(s_q: int, h_q: int, topk: int, d_qk: int, dtype: torch.dtype, sinks: bool) -> None:
@@ -93,9 +104,10 @@ def test_agrees_with_float64(s_q: int, h_q: int, topk: int, d_qk: int, dtype: to
         assert all(torch.equal(a, b) for a, b in zip(results, problem.run(), strict=True))
 
 
-def test_scores_that_keep_rising() -> None:
+@pytest.mark.parametrize("h_q", [16, 64])
+def test_scores_that_keep_rising(h_q: int) -> None:
     """Every block has a larger score than all before: the output is rescaled again and again."""
-    problem = Problem.draw(4, 64, 576, 1024, torch.bfloat16)
+    problem = Problem.draw(4, h_q, 576, 1024, torch.bfloat16)
     kv = problem.kv.clone()
     rising = torch.linspace(0.1, 12, 1500, device=CUDA)[:, None, None]
     kv[:1500] = problem.q[0, 0] * rising / 24
@@ -103,13 +115,14 @@ def test_scores_that_keep_rising() -> None:
     problem.check(problem.run())
 
 
-def test_rows_any_distance_apart() -> None:
-    problem = Problem.draw(20, 64, 576, 300, torch.bfloat16)
+@pytest.mark.parametrize("h_q", [10, 64])
+def test_rows_any_distance_apart(h_q: int) -> None:
+    problem = Problem.draw(20, h_q, 576, 300, torch.bfloat16)
     expected = problem.run()
 
     def spread(tensor: Tensor) -> Tensor:
         return torch.cat((tensor, torch.full_like(tensor, math.nan)), -1)[..., : tensor.shape[-1]]
 
-    out = torch.empty(20, 64, 1024, dtype=torch.bfloat16, device=CUDA)[..., :512]
+    out = torch.empty(20, h_q, 1024, dtype=torch.bfloat16, device=CUDA)[..., :512]
     results = problem._replace(q=spread(problem.q), kv=spread(problem.kv)).run(out=out)
     assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
