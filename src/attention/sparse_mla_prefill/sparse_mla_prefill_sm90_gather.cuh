@@ -30,8 +30,12 @@ __device__ void gather(const Problem& problem, const CUtensorMap& queries, Gathe
     const int keys = problem.topk_length ? min(max(problem.topk_length[query], 0), problem.topk) : problem.topk;
     const int pairs = max((keys + 2 * kKeys - 1) / (2 * kKeys), 1);
     const std::int32_t* const list = problem.indices + query * problem.indices_token;
+    // Two head tiles of a query are at work at about the same time. One of them has neighbouring pairs change places,
+    // so that each finds every other pair in the L2, where the other has brought it.
+    const int swaps = number % problem.head_tiles % 2;
     // Lane l's index: of row 16 warp + l % 16 in block l / 16 of the pair.
     const auto index_of = [&](int pair) {
+      if ((pair ^ swaps) < pairs) pair ^= swaps;
       const int at = pair * 2 * kKeys + lane / 16 * kKeys + 16 * warp + lane % 16;
       return at < keys ? list[at] : -1;
     };
