@@ -13,9 +13,9 @@
 // fewer with 131072, where two in five come from the device's memory. H200, s_q 4096, bfloat16, random rows, us | part
 // of the limit of 740 TFLOPS | FlashMLA of vLLM's wheel, in turns with it, under the power limit:
 //
-//   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3704 | 85 % | 4378      d_qk 512, h_q 64, topk  512:  465 | 80 % |  554
-//                                 s_kv  32768: 3917 | 81 % | 4419
-//                                 s_kv 131072: 4353 | 73 % | 4804
+//   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3803 | 83 % | 4510      d_qk 512, h_q 64, topk  512:  487 | 76 % |  604
+//                                 s_kv  32768: 3950 | 80 % | 4572      d_qk 512, h_q 128, topk 1024: 1744 | 85 % | 2078
+//                                 s_kv 131072: 4278 | 74 % | 4880
 //
 // Up to 16 heads have a kernel of their own (sparse_mla_prefill_sm90_few_heads.cuh).
 //
@@ -23,11 +23,13 @@
 // and make the error 2 to 5 % larger. No gain: L2 prefetches of the next keys, line by line or by rows that the head
 // tiles of a query share (2 to 16 % slower), P0 V0 begun with 32 keys or queued right behind S1, no fences behind the
 // rows' arrival (they would be missing), keys let go 16 at a time, blocks that begin at different times, queries cut
-// between blocks so that all end alike, the output stored from registers (2 to 6 % slower) or its place let go before
-// the next S0, the last tile of Q kept in registers (it spills), rows that the L2 is to keep. Rows multicast to the
-// blocks of two head tiles come 128 bytes a copy, as tiles are swizzled: 50 cycles of the warp that asks for each, and
-// with eight warps 27 bytes a cycle, fewer than the 16-byte copies bring. How densely these follow each other matters
-// by 2 %, which the compiler decides: back to back, 8192 keys take longer and 131072 less.
+// between blocks so that all end alike, the output stored from registers (2 to 6 % slower), its place let go before the
+// next S0, or rounded beside that (3 to 4 % slower: it stands still), the last tile of Q kept in registers (it spills),
+// rows that the L2 is to keep, indices asked for two pairs ahead, the next query taken before the last pair (1 to 4 %
+// slower). Rows multicast to the blocks of two head tiles come 128 bytes a copy, as tiles are swizzled: 50 cycles of
+// the warp that asks for each, and with eight warps 27 bytes a cycle, fewer than the 16-byte copies bring. How densely
+// these follow each other matters by 2 %, which the compiler decides: back to back, 8192 keys take longer and 131072
+// less.
 
 namespace dsm {
 

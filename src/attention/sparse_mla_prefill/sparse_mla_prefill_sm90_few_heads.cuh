@@ -14,15 +14,14 @@
 // through queries. Of the blocks of 64 keys that its gatherer brings, two warpgroups have every other one each, with a
 // softmax and an output of their own, and add up at the end of a query: neither waits for the other before.
 //
-// Bound by the rate of rows, which a pair of blocks holds in shared memory and the products let go as they are done: 64
-// keys of d_qk 576 take 2380 cycles, of which the L2, asked by all multiprocessors for 32 bytes a cycle each, needs
-// 2300, shared memory's port 1940, and the tensor cores 1360. H200, s_q 4096, bfloat16, 16 heads, random rows, us |
-// part of the limit (8.2 TB/s of rows from the L2, or 4.3 from the device's memory) | the kernel for 64 heads |
-// FlashMLA of vLLM's wheel, padded to 64 heads, in turns with it:
+// Bound by the rate of rows: 64 keys of d_qk 576 take 2380 cycles, of which the L2 needs 2300, as it brings 32 bytes a
+// cycle to every multiprocessor at once, shared memory's port 1940, and the tensor cores 1360. H200, s_q 4096,
+// bfloat16, 16 heads, random rows, us | part of the limit (8.2 TB/s of rows from the L2, or 4.3 from the device's
+// memory) | the kernel for 64 heads | FlashMLA of vLLM's wheel, padded to 64 heads, in turns with it:
 //
-//   d_qk 576, topk 2048, s_kv   8192: 1352 | 87 % | 1568 | 1865      d_qk 512, topk 512, s_kv 8192: 425 | 62 % | 465 |
-//   592
-//                        s_kv 131072: 1810 | 97 % | 2029 | 2264
+//   d_qk 576, topk 2048, s_kv   8192: 1347 | 87 % | 1564 | 1871
+//                        s_kv 131072: 1838 | 95 % | 2005 | 2317
+//   d_qk 512, topk  512, s_kv   8192:  391 | 67 % |  436 |  549
 
 namespace dsm::sparse_prefill_sm90 {
 
