@@ -101,8 +101,8 @@ __device__ __forceinline__ uint4 e2m1_chunk(std::uint32_t codes) {
 template <class Scale>
 __device__ __forceinline__ __nv_bfloat162 scale_pair(std::uint8_t scale) {
   if constexpr (std::is_same_v<Scale, float8_e8m0fnu>) {
-    const std::uint32_t code = scale;  // the exponent, but 2^-127 is subnormal and the last one NaN
-    const std::uint32_t bits = code << 7 | (((code + 1) & 255) < 2 ? 0x40 : 0), both = bits << 16 | bits;
+    std::uint32_t both = max(scale * 0x00800080u, 0x00400040u);  // the exponent, but 2^-127 is subnormal
+    if (scale == 255) both |= 0x00400040;                        // NaN
     return reinterpret_cast<const __nv_bfloat162&>(both);
   } else {
     float both[2];

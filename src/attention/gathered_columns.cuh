@@ -136,11 +136,11 @@ struct StageColumns {
     return scales + (columns.slices[slice].scales == columns.slices[0].scales ? 0 : slice * kTileKeys);
   }
 
-  /// Begins to copy the columns of a tile's rows; keys that do not exist become zeros.
-  __device__ void copy(const ColumnsOfWarp<kOwn>& columns, const TileRows::Tile& rows) const {
+  /// Begins to copy the columns of a tile's rows. kOnce: hardly any other block reads them.
+  template <bool kOnce>
+  __device__ void copy(const ColumnsOfWarp<kOwn>& columns, const RowsOfTile& rows) const {
     const auto& [slices, end] = columns;
     const int lane = threadIdx.x % cuda::kWarpSize;
-    const std::uint32_t valid = rows.valid;
     // kPieces of each row from byte `first` on, neighbouring lanes neighbouring ones, to to_of(key, piece).
     const auto copy_pieces = [&]<int kPieces>(int first, const auto& to_of) {
       constexpr int kKeys = cuda::kWarpSize / kPieces, kAtOnce = kPieces < 4 ? kPieces : 4;  // registers are scarce
@@ -153,8 +153,8 @@ struct StageColumns {
         for (int i = 0; i < kAtOnce; ++i) data[i] = rows.data[(begin + i) * kKeys + key];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
-          cuda::copy_async<16>(to_of((begin + i) * kKeys + key, piece), data[i] + at,
-                               valid >> (begin + i) * kKeys >> key & 1 ? most : 0);
+          (kOnce ? cuda::copy_async_once : cuda::copy_async<16>)(to_of((begin + i) * kKeys + key, piece), data[i] + at,
+                                                                 most);
       }
     };
     const std::uint32_t to = cuda::shared_address(main);
@@ -188,8 +188,7 @@ struct StageColumns {
 #pragma unroll
     for (int slice = 0; slice < kOwn; ++slice) {
       if (slice > 0 && slices[slice].scales == slices[0].scales) continue;
-      cuda::copy_async<4>(cuda::shared_address(scales + slice * kTileKeys + lane), row + slices[slice].scales,
-                          valid >> lane & 1 ? 4 : 0);
+      cuda::copy_async<4>(cuda::shared_address(scales + slice * kTileKeys + lane), row + slices[slice].scales, 4);
     }
   }
 };

@@ -7,34 +7,42 @@ namespace dsm::attention {
 namespace {
 
 // Of a large GPU, elsewhere merely not the best: its processors, what beginning and ending a thread block costs in
-// tiles of keys, and how many splits cost the merging kernel as much as a tile.
+// tiles of keys, and the merging kernel: so many tiles, and one for so many splits.
 constexpr std::int64_t kProcessors = 132;
-constexpr std::int64_t kOverheadTiles = 8, kSplitsPerTile = 16;
+constexpr std::int64_t kOverheadTiles = 8, kMergingTiles = 2, kSplitsPerTile = 16;
 constexpr std::int64_t kInvariantSplits = 8;
 
 std::size_t element_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
 
 }  // namespace
 
-int GatheredWork::splits() const {
+GatheredWork::Plan GatheredWork::plan() const {
   const bool few = rows <= kMostOfFew;
-  const std::int64_t slots = kProcessors * (few ? blocks : 1);
   const std::int64_t rows_at_once = few ? kFewRows : kManyRows;
-  const std::int64_t blocks = units * ((rows + rows_at_once - 1) / rows_at_once);
+  const std::int64_t row_blocks = units * ((rows + rows_at_once - 1) / rows_at_once);
+  const int at_once = few ? blocks : 1, most_groups = grouped ? at_once : 1;
+  const auto slots = [&](int groups) { return kProcessors * at_once / groups; };
   if (batch_invariant) {  // a request of many blocks needs no splits, whose outputs would take much memory
-    const std::int64_t of_request = std::max<std::int64_t>(blocks / std::max<std::int64_t>(requests, 1), 1);
-    return static_cast<int>(std::clamp<std::int64_t>(slots / of_request, 1, kInvariantSplits));
+    const std::int64_t of_request = std::max<std::int64_t>(row_blocks / std::max<std::int64_t>(requests, 1), 1);
+    return {static_cast<int>(std::clamp<std::int64_t>(slots(most_groups) / of_request, 1, kInvariantSplits)),
+            most_groups};
   }
   const std::int64_t tiles = (keys + kTileKeys - 1) / kTileKeys;
-  const auto cost = [&](std::int64_t count) {
-    const std::int64_t waves = (blocks * count + slots - 1) / slots;
-    return waves * ((tiles + count - 1) / count + kOverheadTiles) + (count > 1 ? 1 + count / kSplitsPerTile : 0);
+  const auto cost = [&](const Plan& plan) {
+    const std::int64_t waves = (row_blocks * plan.splits + slots(plan.groups) - 1) / slots(plan.groups);
+    const std::int64_t parts = plan.splits * plan.groups;
+    return waves * ((tiles + parts - 1) / parts + kOverheadTiles) +
+           (plan.splits > 1 ? kMergingTiles + plan.splits / kSplitsPerTile : 0);
   };
-  std::int64_t best = 1;
-  if (blocks >= 8 * slots) return 1;
-  for (std::int64_t count = 2; count <= std::min(tiles, slots); ++count)
-    if (cost(count) < cost(best)) best = count;
-  return static_cast<int>(best);
+  Plan best{1, 1};
+  if (row_blocks >= 8 * slots(1)) return best;
+  for (const int groups : {most_groups, 1}) {
+    for (int splits = 1; splits <= std::clamp<std::int64_t>(tiles, 1, slots(groups)); ++splits) {
+      const Plan other{splits, groups};
+      if (cost(other) < cost(best)) best = other;
+    }
+  }
+  return best;
 }
 
 std::size_t GatheredWork::workspace_bytes() const {

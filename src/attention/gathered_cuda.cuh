@@ -151,6 +151,7 @@ struct GatheredAttention {
             .d_v = d_v,
             .dtype = dtype,
             .blocks = all_codes() ? 3 : 2,
+            .grouped = element_size(dtype) == 2,
             .batch_invariant = batch_invariant};
   }
 };
@@ -170,9 +171,11 @@ struct Parts {
         out(static_cast<A*>(launch.workspace)),
         states(count > 1 ? out + count * rows * stride : nullptr) {}
 
-  /// The first of a unit's tiles that a part has; the next part's first one is behind its last.
-  __device__ int first_tile(unsigned part, int tiles) const {
-    const unsigned each = static_cast<unsigned>(tiles) / count, more = static_cast<unsigned>(tiles) % count;
+  /// The first of a unit's tiles that a part has, or a group of threads where blocks have some; the next one's first
+  /// is behind its last.
+  __device__ int first_tile(unsigned part, int tiles, int groups = 1) const {
+    const unsigned parts = count * groups;
+    const unsigned each = static_cast<unsigned>(tiles) / parts, more = static_cast<unsigned>(tiles) % parts;
     return static_cast<int>(part * each + min(part, more));
   }
 };

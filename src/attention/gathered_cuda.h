@@ -11,16 +11,23 @@ namespace dsm::attention {
 /// What decides how portable CUDA splits a call: shapes alone. A unit is a list of keys with the query rows that share
 /// it; its keys may be split between thread blocks, whose results another kernel adds up.
 struct GatheredWork {
+  struct Plan {
+    int splits;  ///< of a unit's keys between blocks
+    int groups;  ///< of a block's threads, which split its keys once more
+  };
+
   std::int64_t requests;
   std::int64_t units;  ///< of all requests, each with as many
   std::int64_t rows;   ///< query rows of a unit
   std::int64_t keys;   ///< the most that a unit can have
   std::int64_t d_v;
   DType dtype;                   ///< of the queries
-  std::int64_t blocks = 2;       ///< of few rows, which run at the same time on a processor
+  int blocks = 2;                ///< of few rows, which run at the same time on a processor
+  bool grouped = false;          ///< whether groups of one block's threads can be all these
   bool batch_invariant = false;  ///< units are split in the same way, whatever the number of requests and of keys
 
-  int splits() const;
+  Plan plan() const;
+  int splits() const { return plan().splits; }
   /// Of the parts' outputs and softmax states; 0 without a split.
   std::size_t workspace_bytes() const;
 

@@ -4,17 +4,18 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "src/attention/gathered_products.cuh"
+#include "src/attention/gathered_results.cuh"
 #include "src/cuda/launch/launch.h"
 
 // How gathered_mma_cuda.cu divides the work between warps, and its dynamic shared memory.
 namespace dsm::attention {
 
-/// Dynamic shared memory: stages; the warps' columns of a tile as 16-bit elements, unless the stages are; scores;
-/// weights; queries of many rows.
+/// Dynamic shared memory of a group of threads: stages; the warps' columns of a tile as 16-bit elements, unless the
+/// stages are; scores; weights; queries of many rows; OfGroup. At the end, a group of few rows has its outputs where
+/// stages and tiles were.
 struct Memory {
   Stage stage;
-  int stages, tiles_at, scores_at, weights_at, queries_at, bytes;
+  int stages, tiles_at, scores_at, weights_at, queries_at, own_at, bytes;
 };
 
 inline bool scaled(const GatheredAttention& p) {
@@ -25,9 +26,9 @@ inline bool scaled(const GatheredAttention& p) {
 /// rather have more warps.
 template <int M, bool kPlain>
 using LayoutOf = Layout<M, M == 1 && !kPlain ? 2 : 1>;
-/// Blocks that are to run on a processor at the same time.
+/// Groups of threads that are to run on a processor at the same time, in one block or in as many.
 template <int M, bool kPlain>
-inline constexpr int kBlocks = M > 1 ? 1 : (kPlain ? 2 : 3);
+inline constexpr int kGroups = M > 1 ? 1 : (kPlain ? 2 : 3);
 
 /// Bytes of a key in a slice, of the format that has most of them; 0: all are elements.
 inline int code_bytes(const GatheredAttention& p) {
@@ -53,30 +54,31 @@ Memory memory_of(const GatheredAttention& p, int stages) {
   memory.scores_at = memory.tiles_at + (plain ? 0 : kSlices * kSliceBytes);
   memory.weights_at = memory.scores_at + L::kScoreBytes;
   memory.queries_at = memory.weights_at + L::kTerms * L::kWeights * 2 * (scaled(p) ? kScaleGroups : 1);
-  memory.bytes = memory.queries_at + L::kQueryBytes;
+  memory.own_at = memory.queries_at + L::kQueryBytes;
+  memory.bytes = static_cast<int>(memory.own_at + (sizeof(OfGroup<L>) + 127) / 128 * 128);
   return memory;
 }
 
-/// In as many blocks on a processor; beside what kernels declare themselves, less 1 KB that the limit has for them.
-inline bool fits(const Memory& memory, int blocks = 1) {
-  constexpr std::size_t kOwn = 3 * 1024;
-  return (static_cast<std::size_t>(memory.bytes) + kOwn) * blocks <= cuda::shared_bytes_limit("attention");
+/// As many groups on a processor; beside what kernels declare themselves, less 1 KB that the limit has for it.
+inline bool fits(const Memory& memory, int groups = 1) {
+  constexpr std::size_t kOwn = 2 * 1024;
+  return (static_cast<std::size_t>(memory.bytes) + kOwn) * groups <= cuda::shared_bytes_limit("attention");
 }
 
-/// Blocks that run at the same time on a processor, as far as registers allow.
-template <int M>
-int blocks_of(const Memory& memory) {
-  int blocks = 0;
-  while (blocks < kBlocks<M, false> && fits(memory, blocks + 1)) ++blocks;
-  return blocks;
+/// Groups that run at the same time on a processor, as far as registers allow.
+template <int M, bool kPlain>
+int groups_of(const Memory& memory) {
+  int groups = 0;
+  while (groups < kGroups<M, kPlain> && fits(memory, groups + 1)) ++groups;
+  return groups;
 }
 
-/// Two stages, or one of codes where two would leave room for fewer blocks.
+/// Two stages, or one of codes where two would leave room for fewer groups.
 template <int M>
 Memory best_memory(const GatheredAttention& p) {
   if (code_bytes(p) == 0) return memory_of<LayoutOf<M, true>>(p, 2);
   const Memory one = memory_of<LayoutOf<M, false>>(p, 1), two = memory_of<LayoutOf<M, false>>(p, 2);
-  return blocks_of<M>(two) > 0 && blocks_of<M>(two) >= blocks_of<M>(one) ? two : one;
+  return groups_of<M, false>(two) > 0 && groups_of<M, false>(two) >= groups_of<M, false>(one) ? two : one;
 }
 
 }  // namespace dsm::attention

@@ -1,24 +1,28 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // For 16-bit queries: products of 16-bit elements with sums in float32.
 //
-// A block has 16 · M query rows, M = 1 or 4, and walks over tiles of 32 keys. Of queries, keys and outputs a warp has
-// 64 columns, of codes and few rows 128 (and 16 of those that are not values): it copies its columns of the keys up to
-// two tiles ahead, makes 16-bit elements of codes, and multiplies them, all by itself. The warps' parts of the scores
-// meet in shared memory, where the online softmax adds them up; before and after it, and only there, warps wait for
-// each other. Weights of few rows are used as sums of two 16-bit numbers where keys are no codes, so that the result's
-// own rounding is all that shows: 1.7e-3 rms in bfloat16. Others are one number, as on Hopper: 2.0e-3.
+// A block has 16 · M query rows, M = 1 or 4, and walks over tiles of 32 keys; of few rows, up to three groups of its
+// threads have tiles of their own and add up their results in shared memory at the end, so that a unit's keys need not
+// be split between blocks before there are too few of these. Of queries, keys and outputs a warp has 64 columns, of
+// codes and few rows 128 (and 16 of those that are not values): it copies its columns of the keys up to two tiles
+// ahead, makes 16-bit elements of codes, and multiplies them, all by itself. The warps' parts of the scores meet in
+// shared memory, where the online softmax adds them up; before and after it, and only there, the warps of a group wait
+// for each other. Weights of few rows are used as sums of two 16-bit numbers where keys are no codes, so that the
+// result's own rounding is all that shows: 1.7e-3 rms in bfloat16. Others are one number, as on Hopper: 2.0e-3.
 //
-// Elements of T are bound by memory with few rows. Codes are bound by latency and instructions: 900 (V3.2 FP8) or 1080
-// (NVFP4) a warp and tile, of which conversion is a quarter or two fifths, come from 12 warps on a processor, as many
-// as their registers allow; one can issue in 38-43 % of cycles. Sixteen warps with 64 columns each have a third more
-// instructions and take 10-16 % longer. Many rows are bound by latency, too, with 8 warps.
-// H200, part of the same run's copy bandwidth (4.24 TB/s), 16 heads: sparse, batch 128, topk 2048, bfloat16 73 %, V3.2
-// FP8 46 %, NVFP4 25 %, V4 FP8 46 %, V4.1 FP8 42 %; dense, batch 64, 16384 keys, bfloat16 87 %, FP8 53 %. 64 heads:
-// bfloat16 36 % and 37 %, codes 11-17 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 127 | 183 TFLOPS.
+// Elements of T are bound by memory with few rows. Codes are bound by latency and by the port of shared memory: 12
+// warps run on a processor, as many as their registers allow, and issue an instruction in 40-50 % of cycles; a tile of
+// V3.2 takes the port 1670 of 2600 cycles, of which copies take 530 instead of 144, as its rows begin at any multiple
+// of 16 bytes and the columns of a warp, therefore, in two lines. Half of the time is conversion with the scores, a
+// third the softmax and the values. Sixteen warps with 64 columns each have a third more instructions and take 10-16 %
+// longer. Many rows are bound by latency, too, with 8 warps.
+// H200, part of the copy bandwidth (4.27 TB/s), 16 heads: sparse, batch 128, topk 2048 out of 2^20 rows, bfloat16 77 %,
+// V3.2 FP8 44 %, NVFP4 23 %, V4 FP8 48 %, V4.1 FP8 42 %; dense, batch 64, 16384 keys, bfloat16 96 %, FP8 57 %. 64
+// heads: bfloat16 36 % and 37 %, codes 11-17 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 139 | 211 TFLOPS.
+#include <algorithm>
 #include <new>
 
 #include "src/attention/gathered_memory.cuh"
-#include "src/attention/gathered_results.cuh"
 #include "src/cuda/launch/launch.h"
 
 namespace dsm::attention {
@@ -27,36 +31,46 @@ namespace {
 extern __shared__ __align__(128) std::uint8_t shared_memory[];
 
 template <class T, int M, class Formats>
-__global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads, kBlocks<M, Formats::kPlain>)
+__global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads* kGroups<M, Formats::kPlain>, 1)
     attend_gathered_mma_cuda_kernel(const __grid_constant__ GatheredAttention p, Destination to, Memory memory,
                                     int row_blocks) {
   constexpr bool kPlain = Formats::kPlain, kScaled = Formats::kScaled;
   using L = LayoutOf<M, kPlain>;
   constexpr int kOwn = L::kOwnSlices;
-  __shared__ TileRows::Storage rows_storage;
   __shared__ ColumnBytes columns_of_pools[2][Formats::kKnown ? 1 : kSlices];
-  __shared__ float group_scales[kScaled ? kScaleGroups * kTileKeys : 1], factors[L::kRows];
   __shared__ alignas(Unit) unsigned char unit_memory[sizeof(Unit)];  // registers are scarce
-  float* const scores = reinterpret_cast<float*>(shared_memory + memory.scores_at);
-  T* const weights = reinterpret_cast<T*>(shared_memory + memory.weights_at);
+  __shared__ float score_scale;
+  std::uint8_t* const shared = shared_memory + threadIdx.y * memory.bytes;
+  OfGroup<L>& own = *reinterpret_cast<OfGroup<L>*>(shared + memory.own_at);
+  float* const scores = reinterpret_cast<float*>(shared + memory.scores_at);
+  T* const weights = reinterpret_cast<T*>(shared + memory.weights_at);
+  const auto sync_group = [] { cuda::named_sync(threadIdx.y + 1, L::kThreads); };
   const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
 
   const int first_row = blockIdx.x % row_blocks * L::kRows;
   const auto last_row = [&] { return static_cast<int>(min(std::int64_t{first_row} + L::kRows, p.rows()) - 1); };
-  if (threadIdx.x == 0) new (unit_memory) Unit(p, blockIdx.x / row_blocks, last_row());
-  if (!Formats::kKnown && threadIdx.x < 2 * kSlices)
+  if (threadIdx.x + threadIdx.y == 0) {
+    new (unit_memory) Unit(p, blockIdx.x / row_blocks, last_row());
+    score_scale = static_cast<float>(p.softmax_scale) * kLog2E * k_scale(p);
+  }
+  if (!Formats::kKnown && threadIdx.y == 0 && threadIdx.x < 2 * kSlices)
     columns_of_pools[threadIdx.x / kSlices][threadIdx.x % kSlices] =
         column_bytes(p.pools[threadIdx.x / kSlices].format, static_cast<int>(p.d_qk), threadIdx.x % kSlices);
   __syncthreads();
   const Unit& unit = *reinterpret_cast<const Unit*>(unit_memory);
-  const int begin = to.parts.first_tile(blockIdx.y, unit.tiles), end = to.parts.first_tile(blockIdx.y + 1, unit.tiles);
+  const auto first_tile = [&](unsigned group) {
+    return to.parts.first_tile(blockIdx.y * blockDim.y + group, unit.tiles, blockDim.y);
+  };
+  const int begin = first_tile(threadIdx.y);
+  if (threadIdx.x == 0) own.end = first_tile(threadIdx.y + 1);
+  sync_group();
 
-  TileRows rows(p, unit, begin, rows_storage);
+  TileRows<L::kWarps> rows(p, unit, begin, own.rows);
   const Stage layout{kPlain ? 0 : memory.stage.code_bytes};
   constexpr bool kTurned = !kPlain && M == 1;  // codes go from registers to the products
   const int stages = kPlain ? 2 : memory.stages;
   const auto stage_of = [&](int t) {
-    return StageColumns<kOwn>(shared_memory + (stages == 2 ? t % 2 * layout.bytes() : 0), layout, warp);
+    return StageColumns<kOwn>(shared + (stages == 2 ? t % 2 * layout.bytes() : 0), layout, warp);
   };
   const auto format_of = [&](int t) {
     if constexpr (Formats::kKnown)
@@ -78,20 +92,20 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads, kBlock
     return columns;
   };
   const auto copy = [&](int t) {
-    if (t < end) stage_of(t).copy(columns_of(t), rows.of(t));
+    constexpr bool kOnce = !kPlain && M == 1;  // only a decoded token's rows are so few and coded
+    if (t < own.end) stage_of(t).template copy<kOnce>(columns_of(t), rows.of(t));
     cuda::end_copy_group();
   };
-  for (int t = begin; t < begin + 3; ++t) rows.find(t);
-  __syncthreads();
+  const QueryColumns<T, L, kTurned> queries(p, unit, first_row, shared + memory.queries_at);
+  for (int t = begin; t < begin + rows.kTiles; ++t) rows.find(t);
+  sync_group();
   for (int t = begin; t < begin + stages; ++t) copy(t);
-  const QueryColumns<T, L, kTurned> queries(p, unit, first_row, shared_memory + memory.queries_at);
-  const float score_scale = static_cast<float>(p.softmax_scale) * kLog2E * k_scale(p);
   RowState state;
   Outputs<T, L> outputs;
 
-  for (int t = begin; t < end; ++t) {
+  for (int t = begin; t < own.end; ++t) {
     const StageColumns<kOwn> stage = stage_of(t);
-    std::uint8_t* const tile = kPlain ? stage.main : shared_memory + memory.tiles_at + warp * kOwn * kSliceBytes;
+    std::uint8_t* const tile = kPlain ? stage.main : shared + memory.tiles_at + warp * kOwn * kSliceBytes;
     {
       const ColumnsOfWarp<kOwn> columns = columns_of(t);
       const RowFormat format = format_of(t);
@@ -120,7 +134,7 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads, kBlock
         constexpr int kWarpsOfGroup = L::kWarps / kScaleGroups;
         if (of_codes) products.scale(stage.scales);
         if (warp % kWarpsOfGroup == 0)
-          group_scales[warp / kWarpsOfGroup * kTileKeys + lane] = of_codes ? __uint_as_float(stage.scales[lane]) : 1.f;
+          own.scales[warp / kWarpsOfGroup * kTileKeys + lane] = of_codes ? __uint_as_float(stage.scales[lane]) : 1.f;
       }
       if (columns.end.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
       products.store(scores);
@@ -129,17 +143,18 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads, kBlock
         copy(t + stages);
       }
     }
-    __syncthreads();
+    sync_group();
+    bool rescaled;
     {
       const int row_of_block = threadIdx.x / L::kLanes, first_key = unit.key(t, 0);
       float s[L::kKeysOfLane];
       read_scores<L>(scores, rows.of(t).valid, unit.seen(p, first_row + row_of_block) - first_key, score_scale, s);
-      const float rescale = weigh<T, L, kScaled>(s, group_scales, state, weights);
-      if (threadIdx.x % L::kLanes == 0) factors[row_of_block] = rescale;
+      const float rescale = weigh<T, L, kScaled>(s, own.scales, state, weights);
+      if (threadIdx.x % L::kLanes == 0) own.factors[row_of_block] = rescale;
+      rescaled = cuda::named_sync_or(threadIdx.y + 1, L::kThreads, rescale != 1);
     }
-    rows.find(t + 3);
-    __syncthreads();
-    outputs.rescale(factors);
+    rows.find(t + rows.kTiles);
+    if (rescaled) outputs.rescale(own.factors);
     const int first_key = unit.key(t, 0);
     const T* const own_weights =
         weights + (kScaled ? outputs.first_column() / KvV32Fp8::kGroup * L::kTerms * L::kWeights : 0);
@@ -163,7 +178,7 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads, kBlock
       copy(t + stages);
     }
   }
-  store_results<T, L>(p, to, unit, first_row, last_row(), state, outputs, factors);
+  store_results<T, L>(p, to, unit, first_row, last_row(), state, outputs, shared_memory, memory.bytes, memory.own_at);
 }
 
 /// The probabilities of a tile of keys, summed over all rows of their unit, 16 after 16.
@@ -171,7 +186,7 @@ template <class T>
 __global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
     key_probs_mma_cuda_kernel(const __grid_constant__ GatheredAttention p, Memory memory, int tiles) {
   using L = Layout<1, 1>;
-  __shared__ TileRows::Storage rows_storage;
+  __shared__ TileRows<L::kWarps>::Storage rows_storage;
   __shared__ float probabilities[L::kRows][kTileKeys + 1];
   float* const scores = reinterpret_cast<float*>(shared_memory + memory.scores_at);
   const int warp = threadIdx.x / cuda::kWarpSize;
@@ -179,12 +194,12 @@ __global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
   const Unit unit(p, blockIdx.x / tiles, static_cast<int>(p.rows()) - 1);
   float sum = 0;  // of key threadIdx.x
   if (t < unit.tiles) {
-    TileRows rows(p, unit, t, rows_storage);
+    TileRows<L::kWarps> rows(p, unit, t, rows_storage);
     rows.find(t);
     __syncthreads();
     const StageColumns<1> stage(shared_memory, memory.stage, warp);
     const ColumnBytes columns = column_bytes(RowFormat::plain, static_cast<int>(p.d_qk), warp);
-    stage.copy(ColumnsOfWarp<1>{{columns}, columns}, rows.of(t));
+    stage.copy<false>(ColumnsOfWarp<1>{{columns}, columns}, rows.of(t));
     cuda::end_copy_group();
     cuda::await_copy_groups<0>();
     __syncwarp();
@@ -219,9 +234,10 @@ void start(const char* operation, const GatheredAttention& p, const Memory& memo
   const auto kernel = attend_gathered_mma_cuda_kernel<T, M, Formats>;
   const auto row_blocks = static_cast<int>(cuda::ceil_div<std::int64_t>(p.rows(), L::kRows));
   const Destination to = destination(p, launch);
-  cuda::allow_shared_bytes(operation, kernel, memory.bytes);
+  const int groups = std::min(p.work().plan().groups, groups_of<M, Formats::kPlain>(memory));
+  cuda::allow_shared_bytes(operation, kernel, groups * memory.bytes);
   cuda::launch(operation, kernel, dim3(static_cast<unsigned>(p.units() * row_blocks), to.parts.count),
-               dim3(L::kThreads), memory.bytes, launch, p, to, memory, row_blocks);
+               dim3(L::kThreads, groups), groups * memory.bytes, launch, p, to, memory, row_blocks);
 }
 
 /// Of the formats that few rows have kernels for, that of all keys; otherwise of any.
@@ -260,8 +276,8 @@ void start_rows(const char* operation, const GatheredAttention& p, const Memory&
 bool fits_gathered_mma(const GatheredAttention& p) {
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return false;
   if (!multiple(p.d_qk, 8) || p.d_qk == 0 || p.d_qk > kMostColumns || p.d_v > kMostValues) return false;
-  if (!multiple(p.q, 4) || !multiple(p.q_strides.request, 2) || !multiple(p.q_strides.query, 2) ||
-      !multiple(p.q_strides.head, 2))
+  if (!multiple(p.q, 16) || !multiple(p.q_strides.request, 8) || !multiple(p.q_strides.query, 8) ||
+      !multiple(p.q_strides.head, 8))
     return false;
   for (int i = 0; i < p.pool_count; ++i) {
     const KeyPool& pool = p.pools[i];

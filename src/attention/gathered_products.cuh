@@ -51,21 +51,27 @@ class QueryColumns {
     for (int half = 0; half < 2 * M; ++half) {
       const int row = half * 8 + lane / 4, of_unit = first_row + row;
       const bool inside = of_unit < p.rows();
+      const int d_qk = inside ? static_cast<int>(p.d_qk) : 0;
       const T* const q = static_cast<const T*>(p.q) +
                          (inside ? p.q_strides.at(unit.request, unit.query_of(of_unit), unit.head_of(of_unit)) : 0);
+      if constexpr (kTurned) {
 #pragma unroll
-      for (int i = 0; i <= kMainSteps; ++i) {
+        for (int i = 0; i < kMainSteps; i += 2) {  // two steps are 8 neighbouring columns of a lane
+          const int column = (warp * kMainSteps + i / kSteps * kSteps + lane % 4) * 16 + i % kSteps * 4;
+          const uint4 eight = column < d_qk ? *reinterpret_cast<const uint4*>(q + column) : uint4{};
+          a_[i][half] = eight.x, a_[i][2 + half] = eight.y, a_[i + 1][half] = eight.z, a_[i + 1][2 + half] = eight.w;
+        }
+      }
+#pragma unroll
+      for (int i = kTurned ? kMainSteps : 0; i <= kMainSteps; ++i) {
         const bool at_end = i == kMainSteps;
         if (kShared && at_end && warp >= kTailWarps) continue;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int nth = kTurned && !at_end ? i / kSteps * kSlice + lane % 4 * 16 + i % kSteps * 4 + k * 2
-                                             : i * 16 + k * 8 + lane % 4 * 2;
           const int column =
-              (at_end ? kMostValues + warp * kTailOfWarp - kMainSteps * 16 : warp * kMainSteps * 16) + nth;
+              (at_end ? kMostValues + warp * kTailOfWarp : (warp * kMainSteps + i) * 16) + k * 8 + lane % 4 * 2;
           const bool own = !at_end || warp < kTailWarps;
-          const std::uint32_t pair =
-              inside && own && column < p.d_qk ? *reinterpret_cast<const std::uint32_t*>(q + column) : 0u;
+          const std::uint32_t pair = own && column < d_qk ? *reinterpret_cast<const std::uint32_t*>(q + column) : 0u;
           if constexpr (kShared)
             *reinterpret_cast<std::uint32_t*>((at_end ? tail + tail_at(row, k) : main + main_at(row, i * 2 + k)) +
                                               lane % 4 * 4) = pair;
@@ -180,7 +186,6 @@ struct Outputs {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       const float low = factors[m * kRowsOfTile + lane / 4], high = factors[m * kRowsOfTile + lane / 4 + 8];
-      if (__all_sync(cuda::kAllLanes, low == 1 && high == 1)) continue;
 #pragma unroll
       for (auto& of_8 : d[m]) of_8[0] *= low, of_8[1] *= low, of_8[2] *= high, of_8[3] *= high;
     }
@@ -236,23 +241,57 @@ struct Outputs {
     }
   }
 
-  /// Calls store(row of the block, column, two values) for all of them.
-  template <class Store>
-  __device__ void visit(int d_v, const Store& store) const {
+  /// Multiplies, for the last time, by factors of the rows. What is multiplied by 0 becomes 0.
+  __device__ void finish(const float* factors) {
     const int lane = threadIdx.x % cuda::kWarpSize;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i) {
+        const float factor = factors[m * kRowsOfTile + lane / 4 + i / 2 * 8];
 #pragma unroll
-        for (int n = 0; n < kColumns / 8; ++n) {
-          const int column = first_column() + n * 8 + lane % 4 * 2;
-          if (column < d_v)
-            store(m * kRowsOfTile + lane / 4 + 8 * half, column, d[m][n][2 * half], d[m][n][2 * half + 1]);
-        }
+        for (auto& of_8 : d[m]) of_8[i] = factor == 0 ? 0 : of_8[i] * factor;
       }
     }
   }
+
+  /// Gives them away in shared memory, or adds what a thread with the same number has given.
+  __device__ void give(float4* shared) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) shared[given_at(m, n)] = {d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]};
+    }
+  }
+  __device__ void take(const float4* shared) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float4 given = shared[given_at(m, n)];
+        d[m][n][0] += given.x, d[m][n][1] += given.y, d[m][n][2] += given.z, d[m][n][3] += given.w;
+      }
+    }
+  }
+
+  /// Calls row_at(row of the block), and what that returns for each of the row's columns, with two values.
+  template <class RowAt>
+  __device__ void visit(int d_v, const RowAt& row_at) const {
+    const int lane = threadIdx.x % cuda::kWarpSize, first = first_column() + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto store = row_at(m * kRowsOfTile + lane / 4 + 8 * half);
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n)
+          if (first + n * 8 < d_v) store(first + n * 8, d[m][n][2 * half], d[m][n][2 * half + 1]);
+      }
+    }
+  }
+
+ private:
+  static __device__ int given_at(int m, int n) { return (m * (kColumns / 8) + n) * L::kThreads + threadIdx.x; }
 };
 
 }  // namespace dsm::attention

@@ -61,7 +61,7 @@ __device__ __forceinline__ float2 widened_pair(std::uint32_t pair) {
 /// that gets 2^kSlack times as large, so that sums seldom have to be rescaled.
 struct RowState {
   static constexpr float kSlack = 8;
-  float most = -INFINITY, base = -INFINITY, sum = 0;  ///< sum: of the thread's own keys
+  float most = -INFINITY, base = -INFINITY, sum = 0;  ///< most, sum: perhaps of the thread's own keys alone
 };
 
 /// Continues the softmax of the thread's row with its scores, and stores their weights; what is to be done with earlier
@@ -75,14 +75,15 @@ __device__ __forceinline__ float weigh(const float (&s)[L::kKeysOfLane], const f
   float most = s[0];
 #pragma unroll
   for (const float score : s) most = fmaxf(most, score);
-#pragma unroll
-  for (int distance = L::kLanes / 2; distance > 0; distance /= 2)
-    most = fmaxf(most, __shfl_xor_sync(cuda::kAllLanes, most, distance));
   state.most = fmaxf(state.most, most);
   float rescale = 1;
-  if (state.most > state.base + RowState::kSlack) {
-    rescale = cuda::power_of_two(state.base - state.most);
-    state.base = state.most;
+  const auto too_large = [&] { return state.most > state.base + RowState::kSlack; };
+  if (__any_sync(cuda::kAllLanes, too_large())) {
+    state.most = cuda::lane_group_max(state.most, L::kLanes);
+    if (too_large()) {
+      rescale = cuda::power_of_two(state.base - state.most);
+      state.base = state.most;
+    }
   }
   const float base = state.base == -INFINITY ? 0 : state.base;  // no key yet
   float sum = 0, p[kKeys];

@@ -83,6 +83,19 @@ __device__ __forceinline__ bool elected() {
 __device__ __forceinline__ void named_sync(int barrier, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+/// As named_sync; whether the predicate holds for any of the threads.
+__device__ __forceinline__ bool named_sync_or(int barrier, int threads, bool predicate) {
+  int any;
+  asm volatile(
+      "{ .reg .pred own, any;\n"
+      "setp.ne.b32 own, %3, 0;\n"
+      "barrier.red.or.pred any, %1, %2, own;\n"
+      "selp.b32 %0, 1, 0, any; }"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"(static_cast<int>(predicate))
+      : "memory");
+  return any;
+}
 __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

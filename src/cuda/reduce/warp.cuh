@@ -18,12 +18,16 @@ __device__ __forceinline__ T lane_group_sum(T value, int lanes = kWarpSize) {
   return value;
 }
 
-/// Largest value of the warp. NaN does not count.
+/// Largest value of such a group. NaN does not count.
 template <class T>
-__device__ __forceinline__ T warp_max(T value) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
+__device__ __forceinline__ T lane_group_max(T value, int lanes = kWarpSize) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2)
     value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
   return value;
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T value) {
+  return lane_group_max(value);
 }
 
 /// Words w[j] of lane i of four, neighbours or kApart lanes apart, become w[i] of lane j.

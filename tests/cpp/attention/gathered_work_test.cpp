@@ -35,6 +35,20 @@ TEST(GatheredWork, InvariantPromptsTakeNoMemory) {
   EXPECT_EQ(work(3, 1, 4096 * 128, 100'000).workspace_bytes(), 0u);
 }
 
+TEST(GatheredWork, GroupsComeBeforeSplits) {
+  GatheredWork decode = work(128, 1, 16, 2048);
+  decode.batch_invariant = false, decode.blocks = 3, decode.grouped = true;
+  EXPECT_EQ(decode.plan().splits, 1);
+  EXPECT_EQ(decode.plan().groups, 3);
+  EXPECT_EQ(decode.workspace_bytes(), 0u);
+  decode.units = decode.requests = 4096;  // they fill the processors by themselves
+  EXPECT_EQ(decode.plan().splits, 1);
+  EXPECT_EQ(decode.plan().groups, 1);
+  decode.units = decode.requests = 128, decode.grouped = false;
+  EXPECT_GT(decode.plan().splits, 1);
+  EXPECT_EQ(decode.plan().groups, 1);
+}
+
 TEST(GatheredWork, WithoutRequests) { EXPECT_EQ(work(0, 1, 16, 64).workspace_bytes(), 0u); }
 
 }  // namespace
