@@ -94,7 +94,8 @@ __device__ inline Part find_part_of_few(const Keys& keys, int part, int parts, P
 #pragma unroll 1
   for (int b = 0; b < keys.batch; ++b) needed += max(tried.parts(__shfl_sync(cuda::kAllLanes, blocks, b)), 1);
   const unsigned enough = __ballot_sync(cuda::kAllLanes, needed <= parts);
-  const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
+  const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX,
+                  all_parts.parts(keys.batch), __reduce_max_sync(cuda::kAllLanes, blocks));
   const int at = sum_before(there ? line.stretch(blocks) : 0);
   const Line::Share share = line.share(part, at, blocks);
   if (pieces && there && threadIdx.x < cuda::kWarpSize) pieces[lane] = line.pieces(at, share);
@@ -130,16 +131,19 @@ __device__ inline Part find_part(const Keys& keys, int part, int parts, void* sc
   if (keys.invariant_pieces > 0) return find_invariant_part(keys, part, pieces);
   if (keys.batch <= cuda::kWarpSize) return find_part_of_few(keys, part, parts, pieces);
   __shared__ Part found;
-  __shared__ int all_blocks, own_parts[cuda::kWarpSize];
+  __shared__ int all_blocks, most_blocks, own_parts[cuda::kWarpSize];
   auto* blocks = static_cast<int*>(scratch);
   const int lane = threadIdx.x % cuda::kWarpSize, warp = threadIdx.x / cuda::kWarpSize;
-  if (warp == 0) own_parts[lane] = all_blocks = 0;
+  if (warp == 0) own_parts[lane] = all_blocks = most_blocks = 0;
   __syncthreads();
-  int sum = 0;
+  int sum = 0, most = 0;
 #pragma unroll 1
-  for (int b = threadIdx.x; b < keys.batch; b += blockDim.x) sum += blocks[b] = block_count(keys, b);
-  sum = __reduce_add_sync(cuda::kAllLanes, sum);
-  if (lane == 0) atomicAdd(&all_blocks, sum);
+  for (int b = threadIdx.x; b < keys.batch; b += blockDim.x) {
+    blocks[b] = block_count(keys, b);
+    sum += blocks[b], most = max(most, blocks[b]);
+  }
+  sum = __reduce_add_sync(cuda::kAllLanes, sum), most = __reduce_max_sync(cuda::kAllLanes, most);
+  if (lane == 0) atomicAdd(&all_blocks, sum), atomicMax(&most_blocks, most);
   __syncthreads();
 
   // Parts that requests need for themselves if these have so many blocks; each lane tries a number.
@@ -155,7 +159,8 @@ __device__ inline Part find_part(const Keys& keys, int part, int parts, void* sc
 
   if (warp == 0) {
     const unsigned enough = __ballot_sync(cuda::kAllLanes, own_parts[lane] <= parts);
-    const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX);
+    const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX,
+                    all_parts.parts(keys.batch), most_blocks);
     const int requests = (keys.batch + cuda::kWarpSize - 1) / cuda::kWarpSize;
     const int begin = min(lane * requests, keys.batch), end = min(begin + requests, keys.batch);
     int own = 0;

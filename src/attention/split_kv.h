@@ -41,6 +41,8 @@ struct Pieces {
 };
 
 inline constexpr int kBlockKeys = 64;
+/// What a part with cuts at both ends takes longer for it, at most.
+inline constexpr int kCutBlocks = 8;
 
 DSM_HD_INLINE constexpr int blocks_of(int keys) { return (keys + kBlockKeys - 1) / kBlockKeys; }
 
@@ -59,19 +61,26 @@ struct Reciprocal {
 };
 
 /// How the keys are cut. Requests lie on a line in their order, and parts are stretches of the line of equal length.
-/// Either each request has parts of its own, as few as give none of them more blocks than the length, or requests
-/// follow each other, each after a gap of the overhead.
+/// Each request has parts of its own, as few as give none of them more blocks than the length; or requests follow each
+/// other, each after a gap of the overhead; or they do so at equal distances, as many to a part, and none is cut.
 class Line {
  public:
   Line() = default;
   /// Requests that follow each other make parts of `in_turn` blocks. For requests apart the parts are enough with
-  /// `alone` blocks in each, which is no worse while it is hardly more: there are fewer pieces.
-  DSM_HD_INLINE Line(int gap, int in_turn, int alone)
-      : apart_(alone <= in_turn + in_turn / 32), gap_(apart_ ? 0 : gap), length_(apart_ ? alone : in_turn) {}
+  /// `alone` blocks in each, and with `whole` requests, none above `most` blocks, in each: no worse while it is hardly
+  /// more, as there are fewer pieces.
+  DSM_HD_INLINE Line(int gap, int in_turn, int alone, int whole, int most) : gap_(gap) {
+    int length = in_turn;
+    if (alone <= in_turn + in_turn / 32)
+      apart_ = true, gap_ = 0, length = alone;
+    else if (whole * (most + gap) <= in_turn + least(in_turn / 16, kCutBlocks))
+      least_ = most + gap, length = whole * least_;
+    length_ = Reciprocal(length);
+  }
 
   /// What a request takes of the line.
   DSM_HD_INLINE int stretch(int blocks) const {
-    return apart_ ? largest(length_.parts(blocks), 1) * length() : blocks + gap_;
+    return apart_ ? largest(length_.parts(blocks), 1) * length() : largest(blocks + gap_, least_);
   }
   /// What a part has of the request that begins at a place of the line: blocks [begin, end), if any() of it.
   struct Share {
@@ -93,7 +102,8 @@ class Line {
     const bool begun = at > first_part * length() && !apart_;  // by the request before
     return {2 * first_part + begun, length_.quotient(share.last) - first_part + 1};
   }
-  DSM_HD_INLINE bool apart() const { return apart_; }
+  /// Whether a request of so many blocks, the most that one has, is one piece.
+  DSM_HD_INLINE bool whole(int blocks) const { return apart_ ? length() >= blocks : least_ > 0; }
   DSM_HD_INLINE int length() const { return static_cast<int>(length_.divisor); }
 
  private:
@@ -101,7 +111,7 @@ class Line {
   DSM_HD_INLINE static int largest(int a, int b) { return a > b ? a : b; }
 
   bool apart_ = false;
-  int gap_ = 0;
+  int gap_ = 0, least_ = 0;  ///< of what a request takes
   Reciprocal length_;
 };
 
@@ -129,7 +139,7 @@ struct EqualRequests {
   EqualRequests(const Keys& keys, int parts);
 
   /// Whether each is one piece, so that there is nothing to add up.
-  bool whole() const { return line.apart() && line.length() >= blocks; }
+  bool whole() const { return line.whole(blocks); }
 };
 
 /// Batch-invariant pieces have at least so many blocks, and a request at most so many of them.

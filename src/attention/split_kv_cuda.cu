@@ -221,7 +221,7 @@ EqualRequests::EqualRequests(const Keys& keys, int parts) : blocks(blocks_of(key
   const int parts_of_each = keys.batch > 0 ? parts / keys.batch : 0, least = shared_by(keys.batch * blocks, parts);
   const int alone = parts_of_each > 0 ? std::max({least, shared_by(blocks, parts_of_each), 1}) : INT32_MAX;
   const int in_turn = std::max(shared_by(keys.batch * (blocks + keys.overhead_blocks), parts), 1);
-  line = Line(keys.overhead_blocks, in_turn, alone);
+  line = Line(keys.overhead_blocks, in_turn, alone, shared_by(keys.batch, parts), blocks);
   stretch = Reciprocal(line.stretch(blocks));
 }
 

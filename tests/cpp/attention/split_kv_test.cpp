@@ -3,6 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
 namespace dsm::split_kv {
 namespace {
 
@@ -43,6 +47,46 @@ TEST(SplitKv, OthersTakeTwoPiecesAPart) {
   for (const std::int64_t batch : {1, 300})
     for (const std::int64_t tiles : {1, 2, 60})
       EXPECT_LE(bytes(batch, tiles, !kInvariant), 2 * kMostMultiprocessors * kTile + 4096);
+}
+
+/// How parts cut requests of so many blocks.
+Line line_of(const std::vector<int>& blocks, int parts, int gap) {
+  const auto shared_by = [](int what, int by) { return (what + by - 1) / by; };
+  const int batch = static_cast<int>(blocks.size()), all = std::accumulate(blocks.begin(), blocks.end(), 0);
+  return Line(gap, shared_by(all + batch * gap, parts), INT32_MAX, shared_by(batch, parts),
+              *std::max_element(blocks.begin(), blocks.end()));
+}
+/// Pieces of all requests; expects that the parts' shares are all blocks, each once and in order.
+int pieces_of(const std::vector<int>& blocks, int parts, int gap) {
+  const Line line = line_of(blocks, parts, gap);
+  int at = 0, pieces = 0;
+  for (const int own : blocks) {
+    int end = 0, owners = 0;
+    for (int part = 0; part < parts; ++part) {
+      const Line::Share share = line.share(part, at, own);
+      if (!share.any) continue;
+      EXPECT_EQ(share.begin, end);
+      end = share.end, ++owners;
+    }
+    EXPECT_EQ(end, own);
+    EXPECT_EQ(line.pieces(at, line.share(0, at, own)).count, owners);
+    pieces += owners, at += line.stretch(own);
+  }
+  return pieces;
+}
+
+TEST(SplitKv, RequestsThatHardlyDifferStayWhole) {
+  EXPECT_EQ(pieces_of(std::vector<int>(128, 64), 66, 1), 128);
+  EXPECT_EQ(pieces_of(std::vector<int>(128, 64), 64, 1), 128);
+  EXPECT_GT(pieces_of(std::vector<int>(128, 512), 33, 1), 128);  // the parts left over would have to do
+  EXPECT_GT(pieces_of(std::vector<int>(100, 64), 66, 1), 100);
+  std::vector<int> lengths(128, 64);
+  for (int i = 0; i < 128; i += 2) lengths[i] = 63;
+  EXPECT_EQ(pieces_of(lengths, 66, 1), 128);
+  lengths[5] = 0;
+  EXPECT_EQ(pieces_of(lengths, 66, 1), 128);
+  lengths[7] = 80;
+  EXPECT_GT(pieces_of(lengths, 66, 1), 128);
 }
 
 }  // namespace
