@@ -41,11 +41,6 @@ class Consumer {
   __device__ void run(const split_kv::Part& part);
 
  private:
-  /// The reference point of a row's exponentials is raised when a score exceeds it by more than this. 0: the largest
-  /// weight so far is exactly 1, and only smaller ones are rounded. Where the tensor cores bound, following every new
-  /// largest score would cost 5 %.
-  static constexpr float kHeadroom = kPair ? 8 : 0;
-
   /// Where a row of a request begins in out and lse.
   struct Place {
     std::int64_t out, lse;
@@ -75,9 +70,12 @@ class Consumer {
   __device__ void multiply_qk(int n);
   /// O += P V with the other warpgroup's P. Before: O is idle. In flight when it returns, as two groups.
   __device__ void add_others(int n, const Block& block);
-  /// O += P V with this warpgroup's P. Before: O is idle. In flight when it returns, as two groups.
-  __device__ void add_own(int n, const Block& block);
-  /// Masks S and raises the rows' reference points where it must be.
+  /// O += P V with this warpgroup's P, O having been of the reference points `before`. Before: O is idle. In flight
+  /// when it returns, as two groups.
+  __device__ void add_own(int n, const Block& block, const float (&before)[2]);
+  /// Masks S and raises the rows' reference points to their largest scores. So the largest weight is exactly 1, and
+  /// only smaller ones are rounded: with points that lag, the error grows by 1 to 3 %, where one key has nearly all the
+  /// weight by that of a rounding.
   __device__ void find_references(const Block& block);
   /// P from S; `before`: the reference points until now.
   __device__ void exponentiate(const float (&before)[2]);
@@ -88,8 +86,8 @@ class Consumer {
   /// Values behind the last key become 0: whatever they are, they must not meet P. So do chunks that are not finite of
   /// keys from `seen` on, which some rows do not see: the P of who sees them is NaN already.
   __device__ void clear_values(int n, int seen, int keys_of_block);
-  /// O from reference points to the rows' own ones.
-  __device__ void scale_values(const float (&before)[2]);
+  /// Half of O's columns from reference points to the rows' own ones, while the product of the other half is in flight.
+  __device__ void scale_values(int quarter, const float (&before)[2]);
   /// O divided by the sum of the exponentials, and lse; of the request, by way of this warpgroup's half of the buffer,
   /// which nobody needs any more, or of what the part computes of it.
   __device__ void store(int n, const Block& block, const float (&m)[2], const float (&l)[2]);
@@ -129,11 +127,11 @@ __device__ __forceinline__ void Consumer<T, kPair>::add_others(int n, const Bloc
   const float before[2] = {m_[0], m_[1]};
   const RowState state = shared_.rows[buffer][threadIdx.x % kWarpgroup];
   m_[0] = state.m[0], m_[1] = state.m[1], l_[0] = state.l[0], l_[1] = state.l[1];
-  if (!(block.is & Block::kFirst)) scale_values(before);
   const std::uint64_t p = cuda::k_major(shared_.k[buffer][kTiles - 1].bytes);
   const std::uint64_t v = cuda::n_major(shared_.k[buffer][group_ * kHalf].bytes, kTileBytes);
 #pragma unroll
   for (int quarter = 0; quarter < 2; ++quarter) {
+    if (!(block.is & Block::kFirst)) scale_values(quarter, before);
     cuda::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
@@ -145,10 +143,11 @@ __device__ __forceinline__ void Consumer<T, kPair>::add_others(int n, const Bloc
 }
 
 template <class T, bool kPair>
-__device__ __forceinline__ void Consumer<T, kPair>::add_own(int n, const Block& block) {
+__device__ __forceinline__ void Consumer<T, kPair>::add_own(int n, const Block& block, const float (&before)[2]) {
   const std::uint64_t v = cuda::n_major(shared_.k[n & 1][group_ * kHalf].bytes, kTileBytes);
 #pragma unroll
   for (int quarter = 0; quarter < 2; ++quarter) {
+    if (!(block.is & Block::kFirst)) scale_values(quarter, before);
     cuda::wgmma_registers(o_[quarter]);
     cuda::wgmma_fence();
 #pragma unroll
@@ -161,15 +160,15 @@ __device__ __forceinline__ void Consumer<T, kPair>::add_own(int n, const Block& 
 }
 
 template <class T, bool kPair>
-__device__ __forceinline__ void Consumer<T, kPair>::scale_values(const float (&before)[2]) {
+__device__ __forceinline__ void Consumer<T, kPair>::scale_values(int quarter, const float (&before)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (!__any_sync(cuda::kAllLanes, before[i] != m_[i])) continue;
     const float factor = before[i] == m_[i] ? 1.f : cuda::power_of_two(before[i] - m_[i]);
 #pragma unroll
-    for (int j = 0; j < 128; j += 4) {
-      o_[j / 64][j % 64 + 2 * i] *= factor;
-      o_[j / 64][j % 64 + 2 * i + 1] *= factor;
+    for (int j = 0; j < 64; j += 4) {
+      o_[quarter][j + 2 * i] *= factor;
+      o_[quarter][j + 2 * i + 1] *= factor;
     }
   }
 }
@@ -201,7 +200,7 @@ __device__ __forceinline__ void Consumer<T, kPair>::find_references(const Block&
       for (int k = 0; k < j; ++k) tops[k] = fmaxf(tops[k], tops[k + j]);
     float top = fmaxf(tops[0], __shfl_xor_sync(cuda::kAllLanes, tops[0], 1));
     top = fmaxf(top, __shfl_xor_sync(cuda::kAllLanes, top, 2)) * params_.scale;
-    m_[i] = top > m_[i] + kHeadroom ? top : m_[i];
+    m_[i] = top > m_[i] ? top : m_[i];
   }
 }
 
@@ -355,8 +354,7 @@ __device__ __forceinline__ void Consumer<T, kPair>::run(const split_kv::Part& pa
       release_quarter(1 - group_, 0);
       release_quarter(1 - group_, 1);
     }
-    if (!first) scale_values(m);
-    add_own(n, own);
+    add_own(n, own, m);
     cuda::wgmma_wait<1>();
     if (!last) release_quarter(group_, 0);
     cuda::wgmma_wait<0>();

@@ -105,6 +105,20 @@ def test_decode_agrees_with_float64(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(lse_again, lse)
 
 
+@pytest.mark.parametrize("h_q", [64, 128])
+def test_the_largest_weight_is_exact(h_q: int) -> None:
+    """Where one key, later than the others, has most of the weight, rounding the output is nearly all of the error."""
+    case = Case([70] * 20, 1, h_q)
+    inputs = problem(case, torch.bfloat16)
+    second = inputs["k_cache"][inputs["block_table"][:, 1].long(), :6, 0]
+    inputs["q"] = 0.23 * second[:, torch.arange(h_q, device=CUDA) % 6].unsqueeze(1)
+    out, _ = dsm.ops.mla_decode(**inputs, d_v=512, causal=True)
+    true_out, _ = truth(case, **inputs)
+    error, rounding = (float((x.double() - true_out).norm()) for x in (out, true_out.bfloat16()))
+    print(f"{error / rounding:.3f} of the error of rounding the output")
+    assert error < 1.05 * rounding
+
+
 def test_a_graph_follows_the_lengths() -> None:
     case = Case([700, 3000, 64], 1, 128)
     inputs = problem(case, torch.bfloat16)
