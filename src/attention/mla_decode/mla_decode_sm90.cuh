@@ -23,20 +23,22 @@
 // keys and neighbouring query rows are a pair: each copies half of the keys for both.
 //
 // Bound by the power limit for many requests, by latency for few. H200, us end to end beside the limit max(bytes / 4.3
-// TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 262 (198) | 490 (397), two queries each 483 (397) |
-// 954 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536 keys, 16 | 128 heads 32.2 (18) |
-// 45.3 (25); 4 of 8192, 128 heads 31 (12); 2 of 8192, 16 heads 19 (4.4). 64 keys take 3200 cycles at 1.5 GHz and 692 of
-// 700 W instead of the products' 2176. At 8192 keys 395 mJ go into a call, 356 with all keys in the L2; with keys of 0
-// it takes 238 mJ and, at 1.98 GHz, less time by 17 %. The error against float64 is 0.98 to 1.00 of FlashMLA's on the
-// same input without pairs; pairs let reference points lag, which makes it 0.99 to 1.03, and up to 1.17 where few keys
-// have all the weight. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the first keys; a piece
+// TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 260 (198) | 493 (397), 8192 with two queries
+// 1031 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536 keys, 16 | 128 heads 32.2 (18)
+// | 45.3 (25); 4 of 8192, 128 heads 31 (12); 2 of 8192, 16 heads 19 (4.4). 64 keys take 3200 cycles at 1.5 GHz and 692
+// of 700 W instead of the products' 2176. At 8192 keys 395 mJ go into a call, 356 with all keys in the L2; with keys of
+// 0 it takes 238 mJ and, at 1.98 GHz, less time by 17 %. The error against float64 is 0.98 to 1.00 of FlashMLA's on the
+// same input. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the first keys; a piece
 // of 64 rows takes 3 us to be stored, what the L2 takes in, and 16 rows 1; the combining kernel has the pieces 1 us
 // after the last store and takes 2 to 6. Smaller blocks of keys would not help: all multiprocessors together wait for
 // the memory, then.
 //
 // What did not help: all scores before the other's weights; asking the L2 for keys 1 to 3 blocks ahead; two warpgroups
 // for scores and two for values (as fast); one for scores, two thirds of Q in its registers, two for values and a ring
-// of 2.75 blocks (1 to 2 % faster at 128 heads, 1 to 3 % slower where memory bounds, 9 % for one request of 16 heads).
+// of 2.75 blocks (1 to 2 % faster at 128 heads, 1 to 3 % slower where memory bounds, 9 % for one request of 16 heads);
+// one or two tiles of Q in registers; products of 256 columns, whose quarters are released together (4 % slower);
+// weights published by halves; the other's products beside this one's softmax, after all scores (5 to 10 % slower:
+// quarters are released late).
 
 namespace dsm::dense_decode {
 
