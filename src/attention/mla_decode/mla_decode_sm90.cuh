@@ -23,8 +23,8 @@
 // keys and neighbouring query rows are a pair: each copies half of the keys for both.
 //
 // Bound by the power limit for many requests, by latency for few. H200, us end to end beside the limit max(bytes / 4.3
-// TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 260 (198) | 493 (397), 8192 with two queries
-// 1031 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536 keys, 16 | 128 heads 32.2 (18)
+// TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 258 (198) | 484 (397), 8192 with two queries
+// 941 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536 keys, 16 | 128 heads 32.2 (18)
 // | 45.3 (25); 4 of 8192, 128 heads 31 (12); 2 of 8192, 16 heads 19 (4.4). 64 keys take 3200 cycles at 1.5 GHz and 692
 // of 700 W instead of the products' 2176. At 8192 keys 395 mJ go into a call, 356 with all keys in the L2; with keys of
 // 0 it takes 238 mJ and, at 1.98 GHz, less time by 17 %. The error against float64 is 0.98 to 1.00 of FlashMLA's on the

@@ -332,9 +332,9 @@ __device__ __forceinline__ void Consumer<T, kPair>::run(const split_kv::Part& pa
     if (behind && !first) await_others();
     // Where there is no block before, its product is overwritten.
     add_others(n - 1, others);
+    cuda::wgmma_wait<1>();
+    if (frees) release_quarter(1 - group_, 0);  // before the wait for keys that are copied when both have released
     multiply_qk<2, 3>(n);
-    cuda::wgmma_wait<2>();
-    if (frees) release_quarter(1 - group_, 0);
     cuda::wgmma_wait<1>();
     if (frees) release_quarter(1 - group_, 1);
     multiply_qk<3, kQuarters + 1>(n);
