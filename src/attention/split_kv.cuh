@@ -45,12 +45,12 @@ __device__ __forceinline__ void store_state(const Workspace& to, int slot, int s
   reinterpret_cast<float2*>(to.states)[(to.first_strip(slot) + strip) * kStripRows + row] = make_float2(most, sum);
 }
 
-/// Sum of what the lanes before have.
-__device__ __forceinline__ int sum_before(int own) {
+/// Sum of what the lanes before have, of which the first `lanes` have any.
+__device__ __forceinline__ int sum_before(int own, int lanes = cuda::kWarpSize) {
   const int lane = threadIdx.x % cuda::kWarpSize;
   int sum = own;
-#pragma unroll
-  for (int step = 1; step < cuda::kWarpSize; step *= 2) {
+#pragma unroll 1
+  for (int step = 1; step < lanes; step *= 2) {
     const int before = __shfl_up_sync(cuda::kAllLanes, sum, step);
     if (lane >= step) sum += before;
   }
@@ -81,22 +81,31 @@ __device__ inline Part find_invariant_part(const Keys& keys, int part, Pieces* p
 }
 
 /// find_part for up to 32 requests: every warp finds it for itself.
-__device__ inline Part find_part_of_few(const Keys& keys, int part, int parts, Pieces* pieces) {
+__device__ inline Part find_part_of_few(const Keys& keys, int part, Pieces* pieces) {
   const int lane = threadIdx.x % cuda::kWarpSize;
   const bool there = lane < keys.batch;
   const int blocks = there ? block_count(keys, lane) : 0;
   const int all_blocks = __reduce_add_sync(cuda::kAllLanes, blocks);
-  const Reciprocal all_parts(parts);
-  const int in_turn = all_parts.parts(all_blocks + keys.batch * keys.overhead_blocks),
-            least = max(all_parts.parts(all_blocks), 1);
-  const Reciprocal tried(least + lane);
-  int needed = 0;
+  const int in_turn = keys.parts.parts(all_blocks + keys.batch * keys.overhead_blocks),
+            least = max(keys.parts.parts(all_blocks), 1);
+  // Each lane divides by one of the lengths that are tried.
+  const Reciprocal own(least + lane);
+  const int tries = min(Line::longest_alone(in_turn) - least + 1, cuda::kWarpSize);
+  Reciprocal length;
+  bool enough, more;  // by votes, so that the compiler knows that all of a warp have the same
+  int tried = 0;
 #pragma unroll 1
-  for (int b = 0; b < keys.batch; ++b) needed += max(tried.parts(__shfl_sync(cuda::kAllLanes, blocks, b)), 1);
-  const unsigned enough = __ballot_sync(cuda::kAllLanes, needed <= parts);
-  const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX,
-                  all_parts.parts(keys.batch), __reduce_max_sync(cuda::kAllLanes, blocks));
-  const int at = sum_before(there ? line.stretch(blocks) : 0);
+  do {
+    length.divisor = __shfl_sync(cuda::kAllLanes, own.divisor, tried);
+    length.inverse = __shfl_sync(cuda::kAllLanes, own.inverse, tried);
+    const int needed = __reduce_add_sync(cuda::kAllLanes, there ? max(length.parts(blocks), 1) : 0);
+    enough = __all_sync(cuda::kAllLanes, needed <= static_cast<int>(keys.parts.divisor));
+    more = __any_sync(cuda::kAllLanes, ++tried < tries);
+  } while (!enough && more);
+  const int most = __reduce_max_sync(cuda::kAllLanes, blocks);
+  const Line line =
+      enough ? Line(length) : Line(keys.overhead_blocks, in_turn, INT32_MAX, keys.parts.parts(keys.batch), most);
+  const int at = sum_before(there ? line.stretch(blocks) : 0, keys.batch);
   const Line::Share share = line.share(part, at, blocks);
   if (pieces && there && threadIdx.x < cuda::kWarpSize) pieces[lane] = line.pieces(at, share);
   const unsigned any = __ballot_sync(cuda::kAllLanes, there && share.any);
@@ -107,15 +116,11 @@ __device__ inline Part find_part_of_few(const Keys& keys, int part, int parts, P
 }
 
 /// find_part where no request's length is read: every thread finds it.
-__device__ __forceinline__ Part find_part_of_equals(const Keys& keys, const EqualRequests& equal, int part,
-                                                    Pieces* pieces) {
+__device__ __forceinline__ Part find_part_of_equals(const Keys& keys, const EqualRequests& equal, int part) {
   const Line& line = equal.line;
   const auto share = [&](int request) {
     return line.share(part, request * static_cast<int>(equal.stretch.divisor), equal.blocks);
   };
-  if (pieces)
-    for (int b = threadIdx.x; b < keys.batch; b += blockDim.x)
-      pieces[b] = line.pieces(b * static_cast<int>(equal.stretch.divisor), share(b));
   const Line::Share of_first = share(0);
   const int begin = part * line.length(), end = begin + line.length();
   const int first = equal.stretch.parts(max(begin - of_first.last, 0)),
@@ -125,11 +130,11 @@ __device__ __forceinline__ Part find_part_of_equals(const Keys& keys, const Equa
   return {first, last, first_block, end_block, (last - first) * equal.blocks + end_block - first_block};
 }
 
-/// The part with number `part` of `parts`; all threads of the block call it, `scratch` is theirs until it returns, and
-/// all get the same. With `pieces`, the pieces of all requests are written there.
-__device__ inline Part find_part(const Keys& keys, int part, int parts, void* scratch, Pieces* pieces) {
+/// The part with number `part`; all threads of the block call it, `scratch` is theirs until it returns, and all get the
+/// same. With `pieces`, the pieces of all requests are written there.
+__device__ inline Part find_part(const Keys& keys, int part, void* scratch, Pieces* pieces) {
   if (keys.invariant_pieces > 0) return find_invariant_part(keys, part, pieces);
-  if (keys.batch <= cuda::kWarpSize) return find_part_of_few(keys, part, parts, pieces);
+  if (keys.batch <= cuda::kWarpSize) return find_part_of_few(keys, part, pieces);
   __shared__ Part found;
   __shared__ int all_blocks, most_blocks, own_parts[cuda::kWarpSize];
   auto* blocks = static_cast<int*>(scratch);
@@ -147,9 +152,8 @@ __device__ inline Part find_part(const Keys& keys, int part, int parts, void* sc
   __syncthreads();
 
   // Parts that requests need for themselves if these have so many blocks; each lane tries a number.
-  const Reciprocal all_parts(parts);
-  const int in_turn = all_parts.parts(all_blocks + keys.batch * keys.overhead_blocks),
-            least = max(all_parts.parts(all_blocks), 1);
+  const int in_turn = keys.parts.parts(all_blocks + keys.batch * keys.overhead_blocks),
+            least = max(keys.parts.parts(all_blocks), 1);
   const Reciprocal tried(least + lane);
   int needed = 0;
 #pragma unroll 1
@@ -158,9 +162,9 @@ __device__ inline Part find_part(const Keys& keys, int part, int parts, void* sc
   __syncthreads();
 
   if (warp == 0) {
-    const unsigned enough = __ballot_sync(cuda::kAllLanes, own_parts[lane] <= parts);
+    const unsigned enough = __ballot_sync(cuda::kAllLanes, own_parts[lane] <= static_cast<int>(keys.parts.divisor));
     const Line line(keys.overhead_blocks, in_turn, enough ? least + __ffs(enough) - 1 : INT32_MAX,
-                    all_parts.parts(keys.batch), most_blocks);
+                    keys.parts.parts(keys.batch), most_blocks);
     const int requests = (keys.batch + cuda::kWarpSize - 1) / cuda::kWarpSize;
     const int begin = min(lane * requests, keys.batch), end = min(begin + requests, keys.batch);
     int own = 0;

@@ -71,12 +71,15 @@ class Line {
   /// more, as there are fewer pieces.
   DSM_HD_INLINE Line(int gap, int in_turn, int alone, int whole, int most) : gap_(gap) {
     int length = in_turn;
-    if (alone <= in_turn + in_turn / 32)
+    if (alone <= longest_alone(in_turn))
       apart_ = true, gap_ = 0, length = alone;
     else if (whole * (most + gap) <= in_turn + least(in_turn / 16, kCutBlocks))
       least_ = most + gap, length = whole * least_;
     length_ = Reciprocal(length);
   }
+  DSM_HD_INLINE static int longest_alone(int in_turn) { return in_turn + in_turn / 32; }
+  /// Requests apart.
+  DSM_HD_INLINE explicit Line(Reciprocal alone) : apart_(true), length_(alone) {}
 
   /// What a request takes of the line.
   DSM_HD_INLINE int stretch(int blocks) const {
@@ -124,6 +127,7 @@ struct Keys {
   const std::int32_t* extra_length;  ///< [batch], or null
   std::int32_t overhead_blocks;      ///< what beginning a request costs a part, at least 1
   std::int32_t invariant_pieces;     ///< at most, of a request that is cut by its own length alone; 0: it is not
+  Reciprocal parts;                  ///< how many there are
 
   /// Whether all requests are cut alike, by a number of keys that is known beforehand.
   DSM_HD_INLINE bool equal() const { return !length && !extra_length && invariant_pieces == 0; }
@@ -138,6 +142,10 @@ struct EqualRequests {
   EqualRequests() = default;
   EqualRequests(const Keys& keys, int parts);
 
+  DSM_HD_INLINE Pieces pieces(int request) const {
+    const int at = request * static_cast<int>(stretch.divisor);
+    return line.pieces(at, line.share(0, at, blocks));
+  }
   /// Whether each is one piece, so that there is nothing to add up.
   bool whole() const { return line.whole(blocks); }
 };
@@ -224,9 +232,10 @@ inline std::int64_t strips_of(std::int64_t groups, std::int64_t rows) {
 }
 
 /// Adds up the pieces of the requests that have several, as the kernel after the one that wrote them on the stream.
+/// `equal` where that did not write down which pieces there are, otherwise null.
 /// out: [batch, s_q, h_q, 512] float16|bfloat16, rows and heads any distance apart (16-byte aligned); lse: [batch, h_q,
 /// s_q], natural logarithm, +inf without keys; attn_sink: [h_q] float32 or absent.
-void combine(const char* operation, const Workspace& workspace, std::int64_t groups, const TensorView& attn_sink,
-             const TensorView& out, const TensorView& lse, const Launch& launch);
+void combine(const char* operation, const Workspace& workspace, const EqualRequests* equal, std::int64_t groups,
+             const TensorView& attn_sink, const TensorView& out, const TensorView& lse, const Launch& launch);
 
 }  // namespace dsm::split_kv

@@ -1,10 +1,12 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Bound by latency where requests have many pieces, by the L2 where many requests have few. One launch after the
-// writing kernel, which lets it start early; then two dependent reads: how many pieces there are, and their states and
-// values. What did not help: sixteen warps of a block, whose sums one warp adds up; going through the code once before
-// the pieces are there, which takes longer than they do; blocks of 128 threads and 56 registers, one of which stands
-// beside each block of the writing kernel and goes through the code while that computes: all others gather on the
-// multiprocessors that are free first, nine on each (1 to 4 us slower).
+// writing kernel, which lets it start early; then two dependent reads: how many pieces there are, unless all requests
+// are equal, and their states and values. Most of the time goes into fetching instructions that run once, about 25
+// cycles for each: 64 pieces of 16 heads take 2.1 us if a warp has eight pieces, unrolled for sixteen, and 1.2 us if it
+// has four. What did not help: going through the code once before the pieces are there, whether blocks stand ready
+// early or not (1 us slower); blocks of 128 threads and 56 registers, one of which stands beside each block of the
+// writing kernel and goes through the code while that computes: all others gather on the multiprocessors that are free
+// first, nine on each (1 to 4 us slower).
 #include <cmath>
 
 #include "src/attention/split_kv.cuh"
@@ -21,7 +23,8 @@ constexpr int kPacks = kStripValues / 4;                 // of a strip, of 4 val
 constexpr int kStepsOfStrip = kPacks / cuda::kWarpSize;  // of a warp through them
 constexpr int kWarps = 8;
 constexpr int kMostOfFew = kInvariantPieces;  // batch-invariant pieces are added up in one way
-constexpr int kMostOfFewWarps = 32;           // pieces that half of the warps are enough for
+constexpr int kMostOfFewWarps = 31;           // pieces that half of the warps are enough for
+constexpr int kMostOfTwo = 16;                // that a warp has two of, or hardly more
 
 /// Where results go.
 template <class T>
@@ -143,16 +146,30 @@ struct Row {
   }
 };
 
+/// The pieces of all requests, which the kernel before has written down or which are known without it.
+struct AllPieces {
+  bool known;
+  EqualRequests equal;  ///< if known
+
+  /// After the kernel before.
+  __device__ Pieces await(const Workspace& from, int request) const {
+    Pieces pieces;
+    if (known) pieces = equal.pieces(request);
+    cuda::await_previous_kernel();
+    if (!known) pieces = from.pieces[request];
+    return pieces;
+  }
+};
+
 /// Of requests with few pieces: a warp has four steps of a strip.
 template <class T>
 __global__ void __launch_bounds__(kWarps* cuda::kWarpSize)
-    split_kv_combine_few_cuda_kernel(Workspace from, Results<T> to) {
+    split_kv_combine_few_cuda_kernel(Workspace from, AllPieces all, Results<T> to) {
   constexpr int kSteps = 4;
   const int request = blockIdx.y, at = blockIdx.x * kWarps + threadIdx.x / cuda::kWarpSize;
   const int strip = at / (kStepsOfStrip / kSteps), first_step = at % (kStepsOfStrip / kSteps) * kSteps;
   const Row<T> rows[2] = {{to, strip, 0}, {to, strip, 1}};
-  cuda::await_previous_kernel();
-  const Pieces pieces = from.pieces[request];
+  const Pieces pieces = all.await(from, request);
   if (pieces.count <= 1 || strip >= from.strips) return;
   const Sum<kSteps> sum = add_pieces<kSteps, 2>(from, pieces, 0, 1, strip, first_step);
 #pragma unroll
@@ -172,18 +189,18 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize)
 }
 
 /// Of requests with many pieces: the warps of a block take the pieces of some steps of a strip in turn; then each
-/// step's sums are added up in order by one of them, which has them all in flight. With eight or more in flight a block
-/// takes a multiprocessor's registers: the first ones that are free would get two blocks, others none.
+/// step's sums are added up in order by one of them. Few pieces are in flight at a time, as the instructions of code
+/// that runs once take longer than the L2. With eight in flight a block takes a multiprocessor's registers: the first
+/// ones that are free would get two blocks, others none.
 template <class T, int kSteps, int kWarps, int kAtOnce>
 __global__ void __launch_bounds__(kWarps* cuda::kWarpSize, kAtOnce >= 8 ? 1 : 16 / kWarps)
-    split_kv_combine_many_cuda_kernel(Workspace from, Results<T> to) {
+    split_kv_combine_many_cuda_kernel(Workspace from, AllPieces all, Results<T> to) {
   __shared__ float4 values[kWarps][kSteps][cuda::kWarpSize];
   __shared__ float4 states[kWarps][cuda::kWarpSize];  // of the lane's two rows
   const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
   const int first_step = blockIdx.x * kSteps, strip = blockIdx.y, request = blockIdx.z;
   const Row<T> rows[2] = {{to, strip, 0}, {to, strip, 1}};
-  cuda::await_previous_kernel();
-  const Pieces pieces = from.pieces[request];
+  const Pieces pieces = all.await(from, request);
   if (pieces.count <= 1) return;
   {
     const auto sum = add_pieces<kSteps, kAtOnce>(from, pieces, warp, kWarps, strip, first_step);
@@ -193,17 +210,17 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize, kAtOnce >= 8 ? 1 : 16
   }
   __syncthreads();
   if (warp >= kSteps) return;
-  float4 its[kWarps];
   float most[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    its[i] = states[i][lane];
-    most[0] = fmaxf(most[0], its[i].x), most[1] = fmaxf(most[1], its[i].z);
-  }
+#pragma unroll 8
+  for (int i = 0; i < kWarps; ++i)
+    most[0] = fmaxf(most[0], states[i][lane].x), most[1] = fmaxf(most[1], states[i][lane].z);
   Sum<1> sum;
   sum.refer(most);
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum.add({{its[i].x, its[i].y}, {its[i].z, its[i].w}}, {values[i][warp][lane]});
+#pragma unroll 8
+  for (int i = 0; i < kWarps; ++i) {
+    const float4 its = states[i][lane];
+    sum.add({{its.x, its.y}, {its.z, its.w}}, {values[i][warp][lane]});
+  }
   const float4& x = sum.values[0];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -225,10 +242,12 @@ EqualRequests::EqualRequests(const Keys& keys, int parts) : blocks(blocks_of(key
   stretch = Reciprocal(line.stretch(blocks));
 }
 
-void combine(const char* operation, const Workspace& workspace, std::int64_t groups, const TensorView& attn_sink,
-             const TensorView& out, const TensorView& lse, const Launch& launch) {
+void combine(const char* operation, const Workspace& workspace, const EqualRequests* equal, std::int64_t groups,
+             const TensorView& attn_sink, const TensorView& out, const TensorView& lse, const Launch& launch) {
   const std::int64_t batch = out.size(0);
-  const std::int64_t pieces = cuda::ceil_div<std::int64_t>(workspace.parts, batch);
+  const std::int64_t most = cuda::ceil_div<std::int64_t>(workspace.parts, batch),
+                     pieces = equal ? equal->pieces(0).count : most;
+  const AllPieces all{.known = equal != nullptr, .equal = equal ? *equal : EqualRequests()};
   const auto run = [&]<class T>() {
     const auto rows = static_cast<int>(out.size(1) * out.size(2) / groups);
     const Results<T> results{.attn_sink = attn_sink.as<const float>(),
@@ -242,24 +261,25 @@ void combine(const char* operation, const Workspace& workspace, std::int64_t gro
                              .out_head = out.stride[2],
                              .lse = lse.as<float>()};
     const auto start = [&](auto* kernel, dim3 grid, int warps) {
-      cuda::launch_dependent(operation, kernel, grid, dim3(warps * cuda::kWarpSize), 0, launch, workspace, results);
+      cuda::launch_dependent(operation, kernel, grid, dim3(warps * cuda::kWarpSize), 0, launch, workspace, all,
+                             results);
     };
+    const std::int64_t strips = batch * workspace.strips;
     const auto many = [&]<int kSteps, int kWarps, int kAtOnce>() {
       start(split_kv_combine_many_cuda_kernel<T, kSteps, kWarps, kAtOnce>,
             dim3(kStepsOfStrip / kSteps, workspace.strips, batch), kWarps);
     };
-    const std::int64_t strips = batch * workspace.strips;
-    if (pieces <= kMostOfFew)
+    if (most <= kMostOfFew)
       start(split_kv_combine_few_cuda_kernel<T>,
             dim3(cuda::ceil_div(workspace.strips * kStepsOfStrip / 4, kWarps), batch), kWarps);
-    else if (strips <= 2)  // a block for each multiprocessor, as far as there are enough
-      many.template operator()<1, 8, 16>();
-    else if (strips <= 4)
-      many.template operator()<2, 8, 8>();
-    else if (strips <= 8)
-      many.template operator()<4, 8, 8>();
+    else if (strips <= 4)  // blocks for all multiprocessors, as far as there are enough
+      pieces <= kMostOfTwo ? many.template operator()<1, 8, 2>() : many.template operator()<1, 16, 4>();
+    else if (pieces <= kMostOfTwo / 2)
+      many.template operator()<4, 4, 2>();
     else if (pieces <= kMostOfFewWarps)
       many.template operator()<4, 4, 4>();
+    else if (strips <= 8)
+      many.template operator()<4, 8, 8>();
     else
       many.template operator()<4, 8, 4>();
   };

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncwarp();
   if constexpr (kPair) cuda::cluster_arrive();
   if (threadIdx.x >= kThreads - cuda::kWarpSize) ask_for_pages(params);
-  const split_kv::Part part = split_kv::find_part(params.keys, part_number, gridDim.y, shared.q,
+  const split_kv::Part part = split_kv::find_part(params.keys, part_number, shared.q,
                                                   part_number + first_row == 0 ? params.workspace.pieces : nullptr);
   cuda::release_next_kernel();
   if constexpr (kPair)
@@ -98,7 +98,8 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
                  .extra_keys = 0,
                  .extra_length = nullptr,
                  .overhead_blocks = kOverheadBlocks,
-                 .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(tiles) : 0};
+                 .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(tiles) : 0,
+                 .parts = split_kv::Reciprocal(static_cast<unsigned>(parts))};
   params.workspace =
       split_kv::Workspace::at(on.workspace, batch, parts, split_kv::strips_of(1, rows), a.batch_invariant);
   params.block_table = a.block_table.as<const std::int32_t>();
@@ -124,7 +125,7 @@ void run(const MlaDecodeArgs& a, CUtensorMapDataType type, const Launch& on) {
   cuda::launch_clusters(operation, kernel, dim3(tiles, parts), dim3(kThreads), pair ? 2 : 1, kSharedBytes, on, params,
                         maps);
   if (split_kv::cuts_requests(parts, batch, a.batch_invariant))
-    split_kv::combine(operation, params.workspace, 1, TensorView(), a.out, a.lse, on);
+    split_kv::combine(operation, params.workspace, nullptr, 1, TensorView(), a.out, a.lse, on);
 }
 
 bool aligned(const TensorView& tensor) {

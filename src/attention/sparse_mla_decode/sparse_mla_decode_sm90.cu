@@ -1,7 +1,7 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh), and those of V3.2 another one where
 // lists are long or bits must not depend on the batch (sparse_mla_decode_sm90_few_heads_v32.cuh); what follows is the
-// one for more.
+// one for more, but for calls so small that there is a multiprocessor for each block of keys of each 16 heads.
 // A thread block has 64 heads of one position and a run of blocks of 64 keys, of one request or of several. Four
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
@@ -28,9 +28,9 @@
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
 // L2 flushed by writing, whose lines are written back meanwhile:
-// V4, 64 heads, 128 + 512: batch 2 16.2, 16 22.0 (1.9), 64 30.5 (7.5), 128 37.5 (15), 148 55.4 (17); at most 512 in the
-// second cache: batch 64 27.6 (5.2), 128 42.6 (10). 128 heads, 128 + 1024: batch 64 55.1 (26), 128 118 (52). V3.2,
-// 2048: 64 heads batch 128 99 (49); 128 heads batch 2 20, 64 93 (49), 128 192 (99).
+// V4, 64 heads, 128 + 512: batch 2 12.2 by tiles of 16 heads (15.3), 16 22.0 (1.9), 64 30.5 (7.5), 128 37.5 (15),
+// 148 55.4 (17); at most 512 in the second cache: batch 64 27.6 (5.2), 128 42.6 (10). 128 heads, 128 + 1024: batch
+// 64 55.1 (26), 128 118 (52). V3.2, 2048: 64 heads batch 128 99 (49); 128 heads batch 2 20, 64 93 (49), 128 192 (99).
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"
@@ -54,11 +54,17 @@ constexpr int kOverheadBlocks = 1;  // what beginning a request costs
 constexpr int kLongPart = 7;        // blocks from which few heads of V3.2 have a kernel of their own
 constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast on plain rows, or faster
 
+/// By a warpgroup, while it is found which are needed.
+[[maybe_unused]] __device__ __forceinline__ void ask_for_few_indices(const Problem& p) {
+  p.list.ask_for_few();
+  if (p.keys.extra_keys > 0) p.extra.ask_for_few();
+}
+
 /// What the thread block computes, found by all of its threads; `scratch` is theirs.
 [[maybe_unused]] __device__ __forceinline__ split_kv::Part own_part(const Problem& p, void* scratch) {
+  if (p.keys.equal()) return split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y);
   split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
-  return p.keys.equal() ? split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y, pieces)
-                        : split_kv::find_part(p.keys, blockIdx.y, gridDim.y, scratch, pieces);
+  return split_kv::find_part(p.keys, blockIdx.y, scratch, pieces);
 }
 
 template <class Record, class Extra>
@@ -66,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_mla_decode_sm90_kernel(con
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ std::uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<Record::kWidth>*>(memory + (-cuda::shared_address(memory) & 1023));
+  if (threadIdx.x / kWarpgroup == 1) ask_for_few_indices(p);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kKeyBuffers; ++i) {
       shared.full[i].init(kBringingWarps<Record>);
@@ -99,6 +106,7 @@ __global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
   using Few = FewHeads<Record, Extra>;
   extern __shared__ std::uint8_t memory[];
   auto& shared = *reinterpret_cast<typename Few::Shared*>(memory + (-cuda::shared_address(memory) & 1023));
+  if (threadIdx.x / kWarpgroup == 1) ask_for_few_indices(p);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kKeyBuffers; ++i) {
       for (int lot = 0; lot < 2; ++lot) {
@@ -109,18 +117,21 @@ __global__ void __launch_bounds__(FewHeads<Record, Extra>::kThreads, 1)
     for (auto& rows : shared.rows) rows.init(kConverters / kCopiers);
     cuda::fence_barrier_init();
   }
-  __syncthreads();
   const split_kv::Part part = own_part(p, shared.keys);
   cuda::release_next_kernel();
   if (part.last_request < part.first_request) return;
 
+  // Everybody awaits the barriers' beginning; who copies asks for indices before.
+  const auto await_barriers = [] { cuda::named_sync(0, Few::kThreads); };
   const int warp = __shfl_sync(cuda::kAllLanes, threadIdx.x / 32, 0) - Few::kWarps;
   if (warp < 0) {
+    await_barriers();
     Few::weigh_keys(p, part, shared);
   } else if (warp < kConverters) {
+    await_barriers();
     convert_rows<Record, Extra>(part, shared, warp);
   } else {
-    copy_rows<Record, Extra, kCopiers>(p, part, shared, warp - kConverters);
+    copy_rows<Record, Extra, kCopiers>(p, part, shared, warp - kConverters, await_barriers);
   }
 #endif
 }
@@ -133,26 +144,28 @@ __global__ void __launch_bounds__(FewHeadsV32::kThreads, 1)
   auto& shared = *reinterpret_cast<Few::Shared*>(memory + (-cuda::shared_address(memory) & 1023));
   const split_kv::Part part = own_part(p, &shared);
   if (threadIdx.x == 0) shared.init();
-  __syncthreads();
   cuda::release_next_kernel();
   if (part.last_request < part.first_request) return;
 
+  const auto await_barriers = [] { cuda::named_sync(0, Few::kThreads); };
   const int warp = __shfl_sync(cuda::kAllLanes, threadIdx.x / 32, 0) - Few::kAttending / 32;
   if (warp < -Few::kAdders / 32) {
+    await_barriers();
     cuda::take_registers<120>();
     Few::make_weights(p, part, shared);
   } else if (warp < 0) {
+    await_barriers();
     cuda::take_registers<104>();
     Few::add_values(p, part, shared);
   } else {
     cuda::give_registers<32>();
-    copy_rows<KvV32Fp8, KvV32Fp8, kWarpgroup / 32>(p, part, shared, warp);
+    copy_rows<KvV32Fp8, KvV32Fp8, kWarpgroup / 32>(p, part, shared, warp, await_barriers);
   }
 #endif
 }
 
-int row_tiles(const SparseMlaDecodeArgs& a) {
-  return static_cast<int>(a.q.size(1)) * cuda::ceil_div(static_cast<int>(a.q.size(2)), kHeads);
+int row_tiles(const SparseMlaDecodeArgs& a, int heads = kHeads) {
+  return static_cast<int>(a.q.size(1)) * cuda::ceil_div(static_cast<int>(a.q.size(2)), heads);
 }
 /// Blocks of keys of a request.
 std::int64_t blocks_of(const SparseMlaDecodeArgs& a) {
@@ -161,12 +174,28 @@ std::int64_t blocks_of(const SparseMlaDecodeArgs& a) {
   };
   return blocks(a.indices) + blocks(a.extra_indices);
 }
-int parts_of(const SparseMlaDecodeArgs& a, int multiprocessors) {
-  return split_kv::parts_of(row_tiles(a), multiprocessors, a.q.size(0), blocks_of(a), a.batch_invariant);
+int parts_of(const SparseMlaDecodeArgs& a, int multiprocessors, int heads = kHeads) {
+  return split_kv::parts_of(row_tiles(a, heads), multiprocessors, a.q.size(0), blocks_of(a), a.batch_invariant);
+}
+/// Heads of a thread block. Where there are multiprocessors for all blocks of keys of all tiles of few heads, these are
+/// faster than more heads, although each of them has the rows copied.
+int heads_of_tile(const SparseMlaDecodeArgs& a, int multiprocessors) {
+  constexpr int kFew = FewHeadsV32::kTileHeads;
+  const bool few =
+      a.q.size(2) <= kFew || (!a.batch_invariant && a.q.size(0) * blocks_of(a) * row_tiles(a, kFew) <=
+                                                        std::min(multiprocessors, split_kv::kMostMultiprocessors));
+  return few && kv_format(a.k_cache) ? kFew : kHeads;
 }
 
 List list_of(const TensorView& cache, const TensorView& indices) {
-  return {Cache(cache), indices.as<const std::int32_t>(), indices.stride[0], indices.stride[1]};
+  const auto& of = indices.stride;
+  return {.cache = Cache(cache),
+          .indices = indices.as<const std::int32_t>(),
+          .of_request = of[0],
+          .of_position = of[1],
+          .size = indices.numel() == 0
+                      ? 0
+                      : (indices.size(0) - 1) * of[0] + (indices.size(1) - 1) * of[1] + indices.size(2)};
 }
 
 template <class Record, class Extra>
@@ -174,7 +203,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   const char* name = "sparse_mla_decode";
   const bool two = static_cast<bool>(a.extra_k_cache);
   const auto batch = static_cast<int>(a.q.size(0));
-  const int parts = parts_of(a, cuda::multiprocessors(name));
+  const int heads = heads_of_tile(a, cuda::multiprocessors(name)),
+            parts = parts_of(a, cuda::multiprocessors(name), heads);
   const List list = list_of(a.k_cache, a.indices);
   const split_kv::Keys keys{.batch = batch,
                             .keys = static_cast<std::int32_t>(a.indices.size(2)),
@@ -182,7 +212,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
                             .extra_keys = two ? static_cast<std::int32_t>(a.extra_indices.size(2)) : 0,
                             .extra_length = a.extra_topk_length.as<const std::int32_t>(),
                             .overhead_blocks = kOverheadBlocks,
-                            .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(row_tiles(a)) : 0};
+                            .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(row_tiles(a)) : 0,
+                            .parts = split_kv::Reciprocal(parts)};
   const split_kv::EqualRequests equal(keys, parts);
   const bool adds_up = split_kv::cuts_requests(parts, batch, a.batch_invariant) && !(keys.equal() && equal.whole());
   split_kv::Workspace pieces = split_kv::Workspace::at(
@@ -202,7 +233,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
       .scale = static_cast<float>(a.softmax_scale) * kLog2e,
       .s_q = static_cast<int>(a.q.size(1)),
       .h_q = static_cast<int>(a.q.size(2)),
-      .head_tiles = cuda::Divider(cuda::ceil_div(static_cast<std::uint32_t>(a.q.size(2)), std::uint32_t{kHeads})),
+      .head_tiles = cuda::Divider(static_cast<std::uint32_t>(cuda::ceil_div<std::int64_t>(a.q.size(2), heads))),
       .out = a.out.as<__nv_bfloat16>(),
       .out_request = a.out.stride[0],
       .out_position = a.out.stride[1],
@@ -212,7 +243,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   const auto run = [&](auto* kernel, int threads, std::size_t shared) {
     const std::size_t bytes = shared + 1024;
     cuda::allow_shared_bytes(name, kernel, bytes);
-    cuda::launch(name, kernel, dim3(row_tiles(a), parts), dim3(threads), bytes, launch, problem);
+    cuda::launch(name, kernel, dim3(row_tiles(a, heads), parts), dim3(threads), bytes, launch, problem);
   };
   const auto run_many = [&] {
     run(sparse_mla_decode_sm90_kernel<Record, Extra>, kThreads, sizeof(Shared<Record::kWidth>));
@@ -220,7 +251,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   if constexpr (requires { typename Record::Element; }) {  // rows that are converted
     using Few = FewHeads<Record, Extra>;
     static_assert(std::max(sizeof(typename Few::Shared), sizeof(FewHeadsV32::Shared)) + 2048 <= 227 * 1024);
-    if (a.q.size(2) > Few::kTileHeads)
+    if (heads == kHeads)
       run_many();
     else if (std::is_same_v<Record, KvV32Fp8> && (a.batch_invariant || batch * blocks_of(a) >= kLongPart * parts))
       run(sparse_mla_decode_few_heads_v32_sm90_kernel, FewHeadsV32::kThreads, sizeof(FewHeadsV32::Shared));
@@ -229,7 +260,8 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
   } else {
     run_many();
   }
-  if (adds_up) split_kv::combine(name, pieces, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
+  if (adds_up)
+    split_kv::combine(name, pieces, keys.equal() ? &equal : nullptr, a.q.size(1), a.attn_sink, a.out, a.lse, launch);
 }
 
 bool aligned(const TensorView& cache) {

@@ -8,6 +8,7 @@
 #include "src/attention/sparse_mla_decode/cached_rows_sm90.cuh"
 #include "src/attention/split_kv.cuh"
 #include "src/cuda/ptx/barrier.cuh"
+#include "src/cuda/ptx/bulk_copy.cuh"
 
 // What the warpgroups of the sparse decode kernel have in common: the call, shared memory, the blocks of keys.
 
@@ -26,6 +27,14 @@ struct List {
   Cache cache;
   const std::int32_t* indices;
   std::int64_t of_request, of_position;  ///< strides
+  std::int64_t size;                     ///< from the first index to the last one
+
+  /// Asks the L2 for all indices if there are few, by a warpgroup: before it is known which are needed.
+  __device__ __forceinline__ void ask_for_few() const {
+    constexpr int kLine = 128 / sizeof(std::int32_t);
+    const int at = threadIdx.x % kWarpgroup * kLine;
+    if (size <= kWarpgroup * kLine && at < size) cuda::prefetch_l2(indices + at);
+  }
 };
 
 /// A call.
@@ -67,12 +76,13 @@ enum : int {
 };
 
 /// The thread block's rows: heads of one position.
+template <int kTileHeads = kHeads>
 struct RowTile {
   int position, first_head;
 
   __device__ explicit RowTile(const Problem& p)
       : position(static_cast<int>(p.head_tiles.quotient(blockIdx.x))),
-        first_head(static_cast<int>(blockIdx.x - position * p.head_tiles.divisor()) * kHeads) {}
+        first_head(static_cast<int>(blockIdx.x - position * p.head_tiles.divisor()) * kTileHeads) {}
 
   /// The strip of rows of the pieces (src/attention/split_kv.h) that the warp has, and whether it has any row.
   __device__ int strip(const Problem& p) const {
@@ -82,7 +92,11 @@ struct RowTile {
   __device__ bool has_strip(const Problem& p) const { return first_strip_head() < p.h_q; }
 
  private:
-  __device__ int first_strip_head() const { return first_head + threadIdx.x % kWarpgroup / 32 * split_kv::kStripRows; }
+  /// The only strip of a tile of no more rows is that of all warps.
+  __device__ int first_strip_head() const {
+    constexpr int kRows = split_kv::kStripRows;
+    return first_head + (kTileHeads > kRows ? threadIdx.x % kWarpgroup / 32 * kRows : 0);
+  }
 };
 
 /// The blocks of keys that a part has of a request.

@@ -10,9 +10,9 @@
 #include "src/cuda/ptx/arithmetic.cuh"
 #include "src/cuda/ptx/wgmma.cuh"
 
-// Sparse decode of up to 16 heads. Tensor cores take 64 rows at a time, so that keys and columns of the values are the
-// rows, and heads the columns, of transposed products: scores Sᵀ = K Qᵀ, output Oᵀ = Vᵀ Pᵀ. One warpgroup makes all of
-// it, 80 numbers of a thread; two convert rows, which two warps more have copied.
+// Sparse decode by tiles of up to 16 heads. Tensor cores take 64 rows at a time, so that keys and columns of the values
+// are the rows, and heads the columns, of transposed products: scores Sᵀ = K Qᵀ, output Oᵀ = Vᵀ Pᵀ. One warpgroup makes
+// all of it, 80 numbers of a thread; two convert rows, which two warps more have copied.
 //
 // Bound by the warpgroup that makes it. 64 keys take it 3500 cycles (scores 1000 to 1250, weights 900 to 1150, values
 // 1200 to 1300), or 2700 with the port of shared memory to itself, of which all together need 2600. Of V3.2 there is
@@ -21,11 +21,12 @@
 // often to be written first (5 % of the time; the benchmark's L2 is full of such lines). What did not help: values in a
 // warpgroup of their own (the two products wait for each other at the port, and the weights for both: as fast with V4,
 // 8 % slower with V3.2); scores of the next keys beside the weights of these (10 to 20 % slower); copies by the lanes
-// that convert (1 to 5 % slower: memory that is busy stops them); what ends a request gone through once beforehand.
+// that convert (1 to 5 % slower: memory that is busy stops them); what ends a request gone through once beforehand; all
+// of a block gone through once before there are keys, by who converts and who multiplies (8 % slower with batch 2).
 //
 // H200, 16 heads, us end to end, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS) and the same with the kernel
-// for 64 heads: V4, 128 + 512: batch 2 13.6 (0.2; 17.0), 16 16.3 (1.8; 21.8), 64 22.9 (6; 33.2), 128 29.4 (12; 47.6).
-// V3.2, 2048: batch 2 13.7; with long lists it has another kernel (sparse_mla_decode_sm90_few_heads_v32.cuh).
+// for 64 heads: V4, 128 + 512: batch 2 11.0 (0.2; 17.0), 16 15.4 (1.8; 21.8), 64 22.9 (6; 33.2), 128 29.4 (12; 47.6).
+// V3.2, 2048: batch 2 12.8; with long lists it has another kernel (sparse_mla_decode_sm90_few_heads_v32.cuh).
 
 namespace dsm::sparse_mla_sm90 {
 
@@ -36,6 +37,7 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
   static constexpr std::uint32_t kQueryTileBytes = kTileHeads * 128;
   static constexpr int kFirstTiles = Pieces<Record>::kFirstTiles;
   static_assert(kFirstTiles == Pieces<Extra>::kFirstTiles);
+  using Tile = RowTile<kTileHeads>;
 
   struct Shared {
     static constexpr std::size_t kKeyBytes = kTiles * kTileBytes, kQueryBytes = kTiles * kQueryTileBytes;
@@ -55,15 +57,16 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
 
   /// Asks for the queries of a request, zeros for heads that are none.
   __device__ __forceinline__ static void ask_queries(const Problem& p, int request, Shared& shared) {
-    const __nv_bfloat16* q = p.q + request * p.q_request + RowTile(p).position * p.q_position;
-    const int chunk = threadIdx.x % 8;
+    const Tile tile(p);
+    const __nv_bfloat16* q = p.q + request * p.q_request + tile.position * p.q_position + tile.first_head * p.q_head;
+    const int chunk = threadIdx.x % 8, heads = p.h_q - tile.first_head;
 #pragma unroll
     for (int row = threadIdx.x / 8; row < kTileHeads; row += kWarpgroup / 8) {
-      const __nv_bfloat16* from = q + (row < p.h_q ? row : 0) * p.q_head + chunk * 8;
+      const __nv_bfloat16* from = q + (row < heads ? row : 0) * p.q_head + chunk * 8;
       const std::uint32_t to = cuda::shared_address(shared.q) + cuda::swizzled(row, chunk);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
-        cuda::copy_async<16>(to + t * kQueryTileBytes, from + 64 * t, row < p.h_q ? 16 : 0);
+        cuda::copy_async<16>(to + t * kQueryTileBytes, from + 64 * t, row < heads ? 16 : 0);
     }
     cuda::end_copy_group();
   }
@@ -146,16 +149,17 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
 
     /// Heads of finished requests to the result, of others to the workspace.
     __device__ __forceinline__ void store(const Problem& p, int request, int slot) const {
-      const int position = RowTile(p).position, first_head = row_lane() / 4;
-      __nv_bfloat16* out = p.out + request * p.out_request + position * p.out_position + first_head * p.out_head;
+      const Tile tile(p);
+      const int first_head = tile.first_head + row_lane() / 4, strip = tile.strip(p);
+      __nv_bfloat16* out = p.out + request * p.out_request + tile.position * p.out_position + first_head * p.out_head;
 #pragma unroll
       for (int t = 0; t < kValues / 64; t += 2) {
         std::uint32_t low[4], high[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const float4 rows = rows_of(values[t + m / 2], m % 2);
-          if (slot >= 0)  // the position is one strip of rows
-            split_kv::store_values(p.pieces, slot, position, 8 * (t + m / 2) + 2 * warp() + m % 2, row_lane(), rows);
+          if (slot >= 0)
+            split_kv::store_values(p.pieces, slot, strip, 8 * (t + m / 2) + 2 * warp() + m % 2, row_lane(), rows);
           low[m] = cuda::rounded_pair<__nv_bfloat16>(rows.x, rows.y);
           high[m] = cuda::rounded_pair<__nv_bfloat16>(rows.z, rows.w);
         }
@@ -175,9 +179,11 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
     float logarithm[kOwnHeads];
 
     __device__ explicit Sinks(const Problem& p) {
+      const int first_head = Tile(p).first_head;
 #pragma unroll
       for (int i = 0; i < kOwnHeads; ++i)
-        logarithm[i] = p.attn_sink && head(i) < p.h_q ? p.attn_sink[head(i)] * kLog2e : -INFINITY;
+        logarithm[i] =
+            p.attn_sink && first_head + head(i) < p.h_q ? p.attn_sink[first_head + head(i)] * kLog2e : -INFINITY;
     }
   };
 
@@ -185,19 +191,19 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
   __device__ __forceinline__ static void finish(const Problem& p, const Sinks& sinks, Softmax& softmax, Shared& shared,
                                                 int request, int slot, float (&factors)[kOwnHeads]) {
     static_assert(kTileHeads == split_kv::kStripRows);
-    const int position = RowTile(p).position;
+    const Tile tile(p);
     combine_keys(softmax.sum, shared.of_warps, [](float x, float y) { return x + y; });
 #pragma unroll
     for (int own = 0; own < kOwnHeads; ++own) {
       const float sum = softmax.sum[own], most = softmax.most[own];
       const bool keys = sum != 0;
       factors[own] = slot >= 0 ? 1 : keys ? 1 / (sum + cuda::power_of_two(sinks.logarithm[own] - most)) : 0;
-      if (head(own) >= p.h_q || threadIdx.x >= 4) continue;
+      if (tile.first_head + head(own) >= p.h_q || threadIdx.x >= 4) continue;
       if (slot < 0)
-        p.lse[(std::int64_t{request} * p.h_q + head(own)) * p.s_q + position] =
+        p.lse[(std::int64_t{request} * p.h_q + tile.first_head + head(own)) * p.s_q + tile.position] =
             keys ? (most + log2f(sum)) * kLn2 : INFINITY;
       else
-        split_kv::store_state(p.pieces, slot, position, head(own), most, sum);
+        split_kv::store_state(p.pieces, slot, tile.strip(p), head(own), most, sum);
     }
   }
 
@@ -227,9 +233,12 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
         o.add_products(shared, use);
       }
       if (request < part.last_request && run.begin >= run.end) ask_queries(p, request + 1, shared);
-      finish(p, sinks, softmax, shared, request, slot, factors);
-      o.multiply(factors);
+      if (slot < 0) {
+        finish(p, sinks, softmax, shared, request, slot, factors);
+        o.multiply(factors);
+      }
       o.store(p, request, slot);
+      if (slot >= 0) finish(p, sinks, softmax, shared, request, slot, factors);  // while its values are stored
     }
   }
 };

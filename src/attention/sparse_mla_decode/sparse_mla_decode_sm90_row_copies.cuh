@@ -48,9 +48,10 @@ struct CopiedRows {
 };
 
 /// Has every kWarps-th of the halves of all blocks copied, by warp `warp` of so many: a lane finds the row of its
-/// place, whose index it asked for before it began the half before.
-template <class Record, class Extra, int kWarps, class S>
-__device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part& part, S& shared, int warp) {
+/// place, whose index it asked for before it began the half before. await_barriers(): until `shared` has begun.
+template <class Record, class Extra, int kWarps, class S, class Wait>
+__device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part& part, S& shared, int warp,
+                                          Wait await_barriers) {
   const int lane = threadIdx.x % 32, lane_of_place = lane % 4 * 8 + lane / 4 % 2 * 4;
   IndexWalk walk(p, part, warp % 2 * 32 + lane / kRowsPerWarp * kRowsPerWarp + row_of_lane(lane_of_place));
   const cuda::L2Hint hint = row_hint();
@@ -61,6 +62,7 @@ __device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part
     return there;
   };
   bool more = next(1 + warp / 2);
+  await_barriers();
 #pragma unroll 1
   for (int n = warp; more; n += kWarps) {
     const bool extra = walk.extra();
@@ -80,7 +82,7 @@ __device__ __forceinline__ void copy_rows(const Problem& p, const split_kv::Part
         rows.valid = valid, rows.extra = extra;
         rows.landed.arrive_expecting(32 * kRowBytes<R>);
       }
-#pragma unroll
+#pragma unroll 8
       for (int i = 0; i < 32; ++i) {
         const std::uint64_t from = __shfl_sync(cuda::kAllLanes, reinterpret_cast<std::uint64_t>(entry.data), i);
         if (one)

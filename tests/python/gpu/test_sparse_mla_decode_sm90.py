@@ -121,6 +121,7 @@ def test_formats(row_bytes: int, page_size: int) -> None:
     """A cache alone, and with a second one, padded pages and indices that are no rows."""
     pool = of_rows(row_bytes, 320 // page_size, page_size, -page_size * row_bytes % 16 + 16)
     check(64, pool, lists(3, 1, 150, 320))
+    check(64, pool, lists(12, 1, 150, 320))
     check(16, pool, lists(3, 1, 150, 320))
     for extra_bytes in (row_bytes, 288) if row_bytes == 528 else (row_bytes,):
         extra = of_rows(extra_bytes, 100, 2, -2 * extra_bytes % 16)
@@ -210,8 +211,10 @@ def test_scales_of_v32_far_apart(least: int) -> None:
     ],
 )
 def test_heads(row_bytes: int, h_q: int) -> None:
+    """In tiles of 16 heads where requests are few, and in tiles of 64."""
     pool = of_rows(row_bytes, 4, 64)
-    check(h_q, pool, lists(2, 3, 129, 256), sink=-1.0)
+    for batch in (2, 8):
+        check(h_q, pool, lists(batch, 3, 129, 256), sink=-1.0)
 
 
 @pytest.mark.parametrize("row_bytes", [584, 1024])
@@ -232,7 +235,8 @@ def test_nothing_reads_what_no_list_names(sink: float, row_bytes: int) -> None:
     indices[indices == 17] = 18
     indices[1:3, :, 40:] = 17
     poison(pool, 17)
-    check(24, pool, indices, [90, 40, 40, 0], sink=sink)
+    for batch_invariant in (False, True):  # tiles of 16 heads and of 64
+        check(24, pool, indices, [90, 40, 40, 0], sink=sink, batch_invariant=batch_invariant)
     check(24, pool, torch.full((2, 1, 70), -1, dtype=torch.int32))
 
 
@@ -256,7 +260,18 @@ def test_lengths_around_blocks(counts: tuple[int, int]) -> None:
     first, second = counts
     for row_bytes, extra_bytes in ((528, 288), (1024, 1024)):
         pool, extra = of_rows(row_bytes, 4, 64), of_rows(extra_bytes, 4, 64)
-        check(33, pool, lists(3, 1, 130, 256), [first] * 3, extra, lists(3, 1, 130, 256), [second, 0, second], sink=0.3)
+        for batch in (3, 9):
+            counts_of_second = [second, 0, second] * (batch // 3)
+            check(
+                33,
+                pool,
+                lists(batch, 1, 130, 256),
+                [first] * batch,
+                extra,
+                lists(batch, 1, 130, 256),
+                counts_of_second,
+                sink=0.3,
+            )
 
 
 def test_replays_with_other_lengths() -> None:
