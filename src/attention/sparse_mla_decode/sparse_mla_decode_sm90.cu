@@ -6,31 +6,39 @@
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
 // the values, 65 to be written, 37 to arrive, i.e. 2500 to 2800 cycles at 128 bytes each, and the products alone 2048.
-// Measured are 5000 to 5500: one warpgroup makes scores (1000 cycles), weights (1100), hands them over (400 to 1700)
-// and adds its values (1000 to 1200), one after another; and keys come no faster: of 5000 cycles their producers
-// convert in 2000 and wait for memory otherwise (rows in the L2: 3100 to 3900 in all). Until the first keys are there a
-// call takes 5 us (batch 2) to 8 us (128), where the queries and the first rows of all thread blocks, 13 MB, arrive
-// together. Its instructions count: a chain of dependent ones takes 5 to 13 cycles each, so that what runs once is kept
-// short. What did not help: to hold the stores back until the scores are made, to ask for rows from four warps instead
-// of eight, to ask for each piece of a row as soon as its place is free, weights in the keys' own buffer so that their
-// reader is not waited for; queries asked for after the first indices or rows, loads that do not allocate in the L1
-// (13 % slower), parameters touched by all warps at once; to have the L2 fetch rows a block ahead (1 to 7 % slower);
-// two warpgroups that make scores and weights in turn, as in dense decode, which need 192 registers each and leave 64
-// to those that bring keys (60 us instead of 49 at batch 128); a quarter of the columns instead of half for the
-// warpgroup that makes the scores (as fast); maxima and sums in four chains each (2 % slower); pairs of thread blocks
-// that have half of the columns of queries, keys and values each and send each other their part of the scores, which
-// takes half of the memory and copies rows ahead into what is left: 58 us instead of 46 at 64 heads and batch 128, 124
-// instead of 117 at 128 heads, as a row's address, its weights and the exchange (16 KB at 18 bytes a cycle for 64
-// heads) cost both blocks instructions, of which the multiprocessor issues no more; keys and values from registers, as
-// V3.2's few heads have them: 49 us instead of 40 at batch 128, as what converts them for the scores and once more for
-// the values takes the arithmetic units longer than the products, next to which these have half their rate (of V3.2,
-// 94 instead of 105 at 64 heads and batch 128, but 27 instead of 20 at 128 heads and batch 2: more code begins a call).
+// Measured are 5000 to 5500. One warpgroup makes scores (1000 to 1400 cycles), weights (800 to 1100), hands them over
+// (400 to 1700) and adds its values (1000 to 1300), one after another. Who brings keys takes as long: at batch 128,
+// without scores, weights and values, 33.6 us of 40.4 (128 heads 96 of 117, V3.2 with 64 heads 93 of 105), and without
+// conversion and stores, too, 21 (66, 43); with conversion left out but not the stores 38. They load and convert one
+// after the other, since ptxas counts all loads that pass the end of a loop or a wait by one scoreboard: who needs its
+// first piece waits for its last one, just asked for. Until the first keys are there a call takes 5 us (batch 2) to 8
+// us (128), where the queries and the first rows of all thread blocks, 13 MB, arrive together. Its instructions count:
+// a chain of dependent ones takes 5 to 13 cycles each, so that what runs once is kept short. What did not help: to hold
+// the stores back until the scores are made, to ask for rows from four warps instead of eight, to ask for each piece of
+// a row as soon as its place is free, weights in the keys' own buffer so that their reader is not waited for; queries
+// asked for after the first indices or rows, loads that do not allocate in the L1 (13 % slower), parameters touched by
+// all warps at once; to have the L2 fetch rows a block ahead (1 to 7 % slower); two warpgroups that make scores and
+// weights in turn, as in dense decode, which need 192 registers each and leave 64 to those that bring keys (60 us
+// instead of 49 at batch 128); a quarter of the columns instead of half for the warpgroup that makes the scores (as
+// fast); maxima and sums in four chains each (2 % slower); pairs of thread blocks that have half of the columns of
+// queries, keys and values each and send each other their part of the scores, which takes half of the memory and copies
+// rows ahead into what is left: 58 us instead of 46 at 64 heads and batch 128, 124 instead of 117 at 128 heads, as a
+// row's address, its weights and the exchange (16 KB at 18 bytes a cycle for 64 heads) cost both blocks instructions,
+// of which the multiprocessor issues no more; keys and values from registers, as V3.2's few heads have them: 49 us
+// instead of 40 at batch 128, as what converts them for the scores and once more for the values takes the arithmetic
+// units longer than the products, next to which these have half their rate (of V3.2, 94 instead of 105 at 64 heads and
+// batch 128, but 27 instead of 20 at 128 heads and batch 2: more code begins a call); whole rows copied, 40 at a time,
+// to what V4 leaves of shared memory, by those who convert (4 to 6 % slower, as asking for 8 rows takes a warp 1300
+// cycles; but of V4.1 with FP4 40 us instead of 49) or by one of the eight warps (10 to 17 %), and with that two
+// warpgroups in turn once more (70 us instead of 40: 64 registers do not do for converting); the next block's scores
+// queued behind this one's values (20 % slower: they hold up who brings keys); two places for weights, stored by
+// stmatrix (3 % slower to 1 % faster).
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
 // L2 flushed by writing, whose lines are written back meanwhile:
 // V4, 64 heads, 128 + 512: batch 2 12.2 by tiles of 16 heads (15.3), 16 22.0 (1.9), 64 30.5 (7.5), 128 37.5 (15),
 // 148 55.4 (17); at most 512 in the second cache: batch 64 27.6 (5.2), 128 42.6 (10). 128 heads, 128 + 1024: batch
-// 64 55.1 (26), 128 118 (52). V3.2, 2048: 64 heads batch 128 99 (49); 128 heads batch 2 20, 64 93 (49), 128 192 (99).
+// 64 55.1 (26), 128 105 (52). V3.2, 2048: 64 heads batch 128 99 (49); 128 heads batch 2 20, 64 93 (49), 128 181 (99).
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"
