@@ -23,15 +23,16 @@
 // keys and neighbouring query rows are a pair: each copies half of the keys for both.
 //
 // Bound by the power limit for many requests, by latency for few. H200, us end to end beside the limit max(bytes / 4.3
-// TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 258 (198) | 484 (397), 8192 with two queries
-// 941 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536 keys, 16 | 128 heads 32.2 (18)
-// | 45.3 (25); 4 of 8192, 128 heads 31 (12); 2 of 8192, 16 heads 19 (4.4). 64 keys take 3200 cycles at 1.5 GHz and 692
-// of 700 W instead of the products' 2176. At 8192 keys 395 mJ go into a call, 356 with all keys in the L2; with keys of
-// 0 it takes 238 mJ and, at 1.98 GHz, less time by 17 %. The error against float64 is 0.98 to 1.00 of FlashMLA's on the
-// same input. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the first keys; a piece
-// of 64 rows takes 3 us to be stored, what the L2 takes in, and 16 rows 1; the combining kernel has the pieces 1 us
-// after the last store and takes 2 to 6. Smaller blocks of keys would not help: all multiprocessors together wait for
-// the memory, then.
+// TB/s, FLOP / 740 TFLOPS): batch 128, 128 heads, 4096 | 8192 keys: 258 (198) | 484 (397), two queries each 488 (397) |
+// 941 (793); batch 64, 16384 keys, 16 | 64 heads 301 | 306 (281); one request of 65536 keys, 16 | 128 heads 32 (18) |
+// 49 (25); 4 of 8192, 128 heads 34 (12); 2 of 8192, 16 heads 18 (4.4). 64 keys take 3200 cycles at 1.5 GHz and 692 of
+// 700 W instead of the products' 2176. At 8192 keys 395 mJ go into a call, 356 with all keys in the L2; with keys of 0
+// it takes 238 mJ and, at 1.98 GHz, less time by 17 %. The error against float64 is 0.98 to 1.002 of FlashMLA's on the
+// same input; reference points that lag until a score exceeds them by 8 would make calls of pairs 2 to 5 % faster, and
+// the error 1.01 to 1.03 of FlashMLA's. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the
+// first keys; a piece of 64 rows takes 3 us to be stored, what the L2 takes in, and 16 rows 1; the combining kernel has
+// the pieces 1 us after the last store and takes 2 to 6. Smaller blocks of keys would not help: all multiprocessors
+// together wait for the memory, then.
 //
 // What did not help: all scores before the other's weights; asking the L2 for keys 1 to 3 blocks ahead; two warpgroups
 // for scores and two for values (as fast); one for scores, two thirds of Q in its registers, two for values and a ring
