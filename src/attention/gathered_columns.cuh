@@ -13,7 +13,6 @@
 // wider than 512 the first four warps 16 more. A warp copies and converts them without waiting for the others.
 namespace dsm::attention {
 
-inline constexpr int kMostColumns = 576, kMostValues = 512;  // d_qk, d_v
 inline constexpr int kSlice = 64, kSlices = kMostValues / kSlice;
 inline constexpr int kTailWarps = 4, kTailOfWarp = (kMostColumns - kMostValues) / kTailWarps;
 /// Bytes of a key (or of a query) in a slice and in a warp's last columns, as 16-bit elements: pieces of 16 bytes,

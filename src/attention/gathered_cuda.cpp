@@ -36,10 +36,11 @@ GatheredWork::Plan GatheredWork::plan() const {
   };
   Plan best{1, 1};
   if (row_blocks >= 8 * slots(1)) return best;
-  for (const int groups : {most_groups, 1}) {
+  std::int64_t least = cost(best);
+  for (int groups = most_groups; groups > 0; groups = groups > 1 ? 1 : 0) {
     for (int splits = 1; splits <= std::clamp<std::int64_t>(tiles, 1, slots(groups)); ++splits) {
-      const Plan other{splits, groups};
-      if (cost(other) < cost(best)) best = other;
+      const std::int64_t its = cost({splits, groups});
+      if (its < least) least = its, best = {splits, groups};
     }
   }
   return best;

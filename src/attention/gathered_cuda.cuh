@@ -151,7 +151,7 @@ struct GatheredAttention {
             .d_v = d_v,
             .dtype = dtype,
             .blocks = all_codes() ? 3 : 2,
-            .grouped = element_size(dtype) == 2,
+            .grouped = element_size(dtype) == 2 && d_qk % 8 == 0 && d_qk <= kMostColumns && d_v <= kMostValues,
             .batch_invariant = batch_invariant};
   }
 };

@@ -11,6 +11,7 @@ namespace dsm::attention {
 /// What decides how portable CUDA splits a call: shapes alone. A unit is a list of keys with the query rows that share
 /// it; its keys may be split between thread blocks, whose results another kernel adds up.
 struct GatheredWork {
+  /// How a unit's keys are shared.
   struct Plan {
     int splits;  ///< of a unit's keys between blocks
     int groups;  ///< of a block's threads, which split its keys once more
@@ -26,6 +27,7 @@ struct GatheredWork {
   bool grouped = false;          ///< whether groups of one block's threads can be all these
   bool batch_invariant = false;  ///< units are split in the same way, whatever the number of requests and of keys
 
+  /// The one that takes the least time on a large GPU, by a count of tiles; the same everywhere.
   Plan plan() const;
   int splits() const { return plan().splits; }
   /// Of the parts' outputs and softmax states; 0 without a split.
@@ -38,6 +40,8 @@ struct GatheredWork {
 /// Query rows that a thread block works on: one or four tiles of the matrix product; and of a unit with up to how many
 /// the fewer, in more blocks.
 inline constexpr int kFewRows = 16, kManyRows = 64, kMostOfFew = 32;
+/// The largest d_qk and d_v of the matrix products.
+inline constexpr int kMostColumns = 576, kMostValues = 512;
 /// Keys that a thread block works on at a time.
 inline constexpr int kTileKeys = 32;
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads* kGroup
     return columns;
   };
   const auto copy = [&](int t) {
-    constexpr bool kOnce = !kPlain && M == 1;  // only a decoded token's rows are so few and coded
+    constexpr bool kOnce = !kPlain && M == 1;  // codes of so few query rows are read by one block, rarely by some
     if (t < own.end) stage_of(t).template copy<kOnce>(columns_of(t), rows.of(t));
     cuda::end_copy_group();
   };
@@ -276,8 +276,9 @@ void start_rows(const char* operation, const GatheredAttention& p, const Memory&
 bool fits_gathered_mma(const GatheredAttention& p) {
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return false;
   if (!multiple(p.d_qk, 8) || p.d_qk == 0 || p.d_qk > kMostColumns || p.d_v > kMostValues) return false;
-  if (!multiple(p.q, 16) || !multiple(p.q_strides.request, 8) || !multiple(p.q_strides.query, 8) ||
-      !multiple(p.q_strides.head, 8))
+  const int q_bytes = code_bytes(p) == 0 ? 4 : 16, elements = q_bytes / 2;  // of queries that are read at once
+  if (!multiple(p.q, q_bytes) || !multiple(p.q_strides.request, elements) || !multiple(p.q_strides.query, elements) ||
+      !multiple(p.q_strides.head, elements))
     return false;
   for (int i = 0; i < p.pool_count; ++i) {
     const KeyPool& pool = p.pools[i];

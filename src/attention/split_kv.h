@@ -13,12 +13,13 @@ namespace dsm::split_kv {
 
 // Decoding with the keys of a request split between blocks of threads (CUDA). Keys come in blocks of equally many; all
 // blocks of all requests, in their order, are cut into `parts` runs of equal cost, where beginning a request costs some
-// blocks more; or every request has parts of its own, where these are hardly longer. A part is computed by one thread
-// block for each tile of query rows. What a part computes of a request is a piece: a request of one piece is finished
-// by who computes it; the others' pieces go to the workspace, slot 2 · part or, when the part has begun with another
-// request, 2 · part + 1, and the combining kernel adds them up. For results that do not depend on the other requests, a
-// part is one piece, whose length follows from the request's own. Every thread block finds its own part (split_kv.cuh):
-// lengths are read on the device only, and nothing is planned beforehand.
+// blocks more; or every request has parts of its own, or every part as many whole requests, where parts are hardly
+// longer for it. A part is computed by one thread block for each tile of query rows. What a part computes of a request
+// is a piece: a request of one piece is finished by who computes it; the others' pieces go to the workspace, slot 2 ·
+// part or, when the part has begun with another request, 2 · part + 1, and the combining kernel adds them up. For
+// results that do not depend on the other requests, a part is one piece, whose length follows from the request's own.
+// Every thread block finds its own part (split_kv.cuh): lengths are read on the device only, and nothing is planned
+// beforehand.
 
 /// What one part computes: requests first_request to last_request, of the first one from first_block on, of the last
 /// one the blocks before end_block, all blocks of those between; and how many these are. last_request < first_request:
@@ -142,6 +143,7 @@ struct EqualRequests {
   EqualRequests() = default;
   EqualRequests(const Keys& keys, int parts);
 
+  /// As the part that computes it would write them down.
   DSM_HD_INLINE Pieces pieces(int request) const {
     const int at = request * static_cast<int>(stretch.divisor);
     return line.pieces(at, line.share(0, at, blocks));

@@ -1,7 +1,8 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // Up to 16 heads have a kernel of their own (sparse_mla_decode_sm90_few_heads.cuh), and those of V3.2 another one where
 // lists are long or bits must not depend on the batch (sparse_mla_decode_sm90_few_heads_v32.cuh); what follows is the
-// one for more, but for calls so small that there is a multiprocessor for each block of keys of each 16 heads.
+// one for more, and for plain rows. Calls so small that there is a multiprocessor for each block of keys of each 16
+// heads take the former, unless bits must not depend on the batch.
 // A thread block has 64 heads of one position and a run of blocks of 64 keys, of one request or of several. Four
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
 // tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
@@ -185,8 +186,9 @@ std::int64_t blocks_of(const SparseMlaDecodeArgs& a) {
 int parts_of(const SparseMlaDecodeArgs& a, int multiprocessors, int heads = kHeads) {
   return split_kv::parts_of(row_tiles(a, heads), multiprocessors, a.q.size(0), blocks_of(a), a.batch_invariant);
 }
-/// Heads of a thread block. Where there are multiprocessors for all blocks of keys of all tiles of few heads, these are
-/// faster than more heads, although each of them has the rows copied.
+/// Heads of a thread block: of plain rows, and where bits must not depend on the batch, as many as it can have. Where
+/// there are multiprocessors for all blocks of keys of all tiles of few heads, these are faster than more heads,
+/// although each of them has the rows copied.
 int heads_of_tile(const SparseMlaDecodeArgs& a, int multiprocessors) {
   constexpr int kFew = FewHeadsV32::kTileHeads;
   const bool few =

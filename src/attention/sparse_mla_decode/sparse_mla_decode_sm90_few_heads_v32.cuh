@@ -31,7 +31,7 @@
 // the next rows loaded before the products of these are waited for.
 //
 // H200, 16 heads, 2048 keys, us end to end, beside the kernel for all few heads: rows out of 2^20 or fewer, batch
-// 2 14.9 (13.7), 16 22.3 (20.7), 32 29.4 (30.4), 64 44.5 (47.5), 128 69.2 (79.2); out of 32768 for each of 128
+// 2 14.9 (12.8), 16 22.3 (20.7), 32 29.4 (30.4), 64 44.5 (47.5), 128 69.2 (79.2); out of 32768 for each of 128
 // requests 58.6 (limit by bytes 41; 77.4), with 0.86 of its rms error. Where thread blocks have few keys, the other
 // kernel begins sooner.
 
@@ -86,7 +86,8 @@ struct FewHeadsV32 : attention::FewHeadsSoftmax<1> {
     constexpr int kUnits = Record::kWidth / 16;  // of 16 columns
     static_assert(kAttending / 32 == kTileHeads);
     const int row = threadIdx.x / 32;
-    const __nv_bfloat16* q = p.q + request * p.q_request + RowTile(p).position * p.q_position + row * p.q_head;
+    const __nv_bfloat16* q =
+        p.q + request * p.q_request + RowTile<kTileHeads>(p).position * p.q_position + row * p.q_head;
     const auto place = [&](int unit, int half) {
       return cuda::shared_address(shared.q) + unit / 4 * kQueryTile + cuda::swizzled(row, unit % 4 * 2 + half);
     };
@@ -279,7 +280,7 @@ struct FewHeadsV32 : attention::FewHeadsSoftmax<1> {
       static_assert(kTileHeads == split_kv::kStripRows);
       cuda::named_sync(kScoring, kScorers);  // until all have read what a round combined
       combine(sum, shared, [](float x, float y) { return x + y; });
-      const int position = RowTile(p).position;
+      const int position = RowTile<kTileHeads>(p).position;
 #pragma unroll
       for (int h = 0; h < kOwnHeads; ++h) {
         const int its = head(h);
@@ -403,7 +404,8 @@ struct FewHeadsV32 : attention::FewHeadsSoftmax<1> {
 
     /// Finished requests to the result, of others to the workspace.
     __device__ __forceinline__ void store(const Problem& p, int request, int slot) const {
-      const int position = RowTile(p).position, first = 2 * (lane() % 4), column = first_column() + lane() / 4 * 2;
+      const int position = RowTile<kTileHeads>(p).position, first = 2 * (lane() % 4),
+                column = first_column() + lane() / 4 * 2;
       __nv_bfloat16* to = p.out + request * p.out_request + position * p.out_position + first * p.out_head + column;
 #pragma unroll
       for (int j = 0; j < 4; ++j)

@@ -30,7 +30,8 @@ using Tile = TileOf<64>;
 /// two tiles as these arrive. A ninth tile arrives with the last group of K0 and with group 1 of K1.
 enum Half { kLeft, kRight };
 
-/// A query and 64 of its heads; `pairs` of key blocks, at least one, so that a query without keys is no exception.
+/// A query and kHeads of its heads, or kFewHeads; `pairs` of key blocks, at least one, so that a query without keys is
+/// no exception.
 struct Item {
   std::int32_t query, head_tile, pairs;  // query < 0: there are no more
 };

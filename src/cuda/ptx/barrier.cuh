@@ -79,7 +79,8 @@ __device__ __forceinline__ bool elected() {
   return is;
 }
 
-/// Named barriers, 1 to 15 (0 is __syncthreads), among `threads` threads, a multiple of 32: some only arrive.
+/// Named barriers, 1 to 15, among `threads` threads, a multiple of 32: some only arrive. 0 is that of __syncthreads,
+/// for all threads of the block from wherever they are.
 __device__ __forceinline__ void named_sync(int barrier, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

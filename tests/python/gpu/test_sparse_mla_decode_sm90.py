@@ -274,12 +274,13 @@ def test_lengths_around_blocks(counts: tuple[int, int]) -> None:
             )
 
 
-def test_replays_with_other_lengths() -> None:
-    """A graph reads lengths and indices when it runs; ten replays give the same bits."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_replays_with_other_lengths(times: int) -> None:
+    """A graph reads lengths and indices when it runs; ten replays give the same bits. Tiles of 16 and 64 heads."""
     pool = quantised(584, 8, 64)
-    cache, indices = pool.cache.cuda(), lists(5, 1, 300, 512).cuda()
-    lengths = torch.tensor([300, 0, 1, 64, 129], dtype=torch.int32).cuda()
-    q = torch.randn(5, 1, 64, 512).bfloat16().cuda()
+    cache, indices = pool.cache.cuda(), lists(5 * times, 1, 300, 512).cuda()
+    lengths = torch.tensor([300, 0, 1, 64, 129] * times, dtype=torch.int32).cuda()
+    q = torch.randn(5 * times, 1, 64, 512).bfloat16().cuda()
 
     def call() -> tuple[Tensor, Tensor]:
         return dsm.ops.sparse_mla_decode(q, cache, indices, softmax_scale=0.02, topk_length=lengths)
@@ -289,7 +290,7 @@ def test_replays_with_other_lengths() -> None:
     with torch.cuda.graph(graph):
         replayed = call()
     for changed in ([300, 0, 1, 64, 129], [1, 300, 300, 0, 65], [0, 0, 0, 0, 2]):
-        lengths.copy_(torch.tensor(changed, dtype=torch.int32))
+        lengths.copy_(torch.tensor(changed * times, dtype=torch.int32))
         expected = call()
         for _ in range(10):
             graph.replay()
