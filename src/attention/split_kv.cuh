@@ -115,21 +115,6 @@ __device__ inline Part find_part_of_few(const Keys& keys, int part, Pieces* piec
   return {first, last, begin, end, __reduce_add_sync(cuda::kAllLanes, there ? share.blocks() : 0)};
 }
 
-/// find_part where no request's length is read: every thread finds it.
-__device__ __forceinline__ Part find_part_of_equals(const Keys& keys, const EqualRequests& equal, int part) {
-  const Line& line = equal.line;
-  const auto share = [&](int request) {
-    return line.share(part, request * static_cast<int>(equal.stretch.divisor), equal.blocks);
-  };
-  const Line::Share of_first = share(0);
-  const int begin = part * line.length(), end = begin + line.length();
-  const int first = equal.stretch.parts(max(begin - of_first.last, 0)),
-            last = end <= of_first.first ? -1 : min(equal.stretch.quotient(end - 1 - of_first.first), keys.batch - 1);
-  if (first > last) return {keys.batch, -1, 0, 0, 0};
-  const int first_block = share(first).begin, end_block = share(last).end;
-  return {first, last, first_block, end_block, (last - first) * equal.blocks + end_block - first_block};
-}
-
 /// The part with number `part`; all threads of the block call it, `scratch` is theirs until it returns, and all get the
 /// same. With `pieces`, the pieces of all requests are written there.
 __device__ inline Part find_part(const Keys& keys, int part, void* scratch, Pieces* pieces) {

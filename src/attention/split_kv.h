@@ -134,22 +134,42 @@ struct Keys {
   DSM_HD_INLINE bool equal() const { return !length && !extra_length && invariant_pieces == 0; }
 };
 
-/// How requests are cut that all have as many keys: known before anything of the device is read.
+/// How requests are cut that all have as many keys: known before anything of the device is read, by keys.parts.
 struct EqualRequests {
   std::int32_t blocks = 0;  ///< of each
   Line line;
   Reciprocal stretch;  ///< of the line, of each
 
   EqualRequests() = default;
-  EqualRequests(const Keys& keys, int parts);
-
-  /// As the part that computes it would write them down.
-  DSM_HD_INLINE Pieces pieces(int request) const {
-    const int at = request * static_cast<int>(stretch.divisor);
-    return line.pieces(at, line.share(0, at, blocks));
+  explicit EqualRequests(const Keys& keys) : blocks(blocks_of(keys.keys) + blocks_of(keys.extra_keys)) {
+    const auto shared_by = [](int what, int by) { return (what + by - 1) / by; };
+    const auto parts = static_cast<int>(keys.parts.divisor);
+    const int parts_of_each = keys.batch > 0 ? parts / keys.batch : 0, least = shared_by(keys.batch * blocks, parts);
+    const int alone = parts_of_each > 0 ? std::max({least, shared_by(blocks, parts_of_each), 1}) : INT32_MAX;
+    const int in_turn = std::max(shared_by(keys.batch * (blocks + keys.overhead_blocks), parts), 1);
+    line = Line(keys.overhead_blocks, in_turn, alone, shared_by(keys.batch, parts), blocks);
+    stretch = Reciprocal(line.stretch(blocks));
   }
+
+  /// The part with number `number` of `batch` requests.
+  DSM_HD_INLINE Part part(int number, int batch) const {
+    const Line::Share of_first = share(number, 0);
+    const int begin = number * line.length(), end = begin + line.length();
+    const int behind = begin - of_first.last, last_begun = stretch.quotient(end - 1 - of_first.first);
+    const int first = stretch.parts(behind > 0 ? behind : 0),
+              last = end <= of_first.first ? -1 : (last_begun < batch - 1 ? last_begun : batch - 1);
+    if (first > last) return {batch, -1, 0, 0, 0};
+    const int first_block = share(number, first).begin, end_block = share(number, last).end;
+    return {first, last, first_block, end_block, (last - first) * blocks + end_block - first_block};
+  }
+  /// As the part that computes it would write them down.
+  DSM_HD_INLINE Pieces pieces(int request) const { return line.pieces(place(request), share(0, request)); }
   /// Whether each is one piece, so that there is nothing to add up.
   bool whole() const { return line.whole(blocks); }
+
+ private:
+  DSM_HD_INLINE int place(int request) const { return request * static_cast<int>(stretch.divisor); }
+  DSM_HD_INLINE Line::Share share(int part, int request) const { return line.share(part, place(request), blocks); }
 };
 
 /// Batch-invariant pieces have at least so many blocks, and a request at most so many of them.

@@ -233,15 +233,6 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize, kAtOnce >= 8 ? 1 : 16
 
 }  // namespace
 
-EqualRequests::EqualRequests(const Keys& keys, int parts) : blocks(blocks_of(keys.keys) + blocks_of(keys.extra_keys)) {
-  const auto shared_by = [](int what, int by) { return (what + by - 1) / by; };
-  const int parts_of_each = keys.batch > 0 ? parts / keys.batch : 0, least = shared_by(keys.batch * blocks, parts);
-  const int alone = parts_of_each > 0 ? std::max({least, shared_by(blocks, parts_of_each), 1}) : INT32_MAX;
-  const int in_turn = std::max(shared_by(keys.batch * (blocks + keys.overhead_blocks), parts), 1);
-  line = Line(keys.overhead_blocks, in_turn, alone, shared_by(keys.batch, parts), blocks);
-  stretch = Reciprocal(line.stretch(blocks));
-}
-
 void combine(const char* operation, const Workspace& workspace, const EqualRequests* equal, std::int64_t groups,
              const TensorView& attn_sink, const TensorView& out, const TensorView& lse, const Launch& launch) {
   const std::int64_t batch = out.size(0);

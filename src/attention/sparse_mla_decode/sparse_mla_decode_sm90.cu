@@ -71,7 +71,7 @@ constexpr int kPlainHeads = 16;     // with fewer the portable kernel is as fast
 
 /// What the thread block computes, found by all of its threads; `scratch` is theirs.
 [[maybe_unused]] __device__ __forceinline__ split_kv::Part own_part(const Problem& p, void* scratch) {
-  if (p.keys.equal()) return split_kv::find_part_of_equals(p.keys, p.equal, blockIdx.y);
+  if (p.keys.equal()) return p.equal.part(static_cast<int>(blockIdx.y), p.keys.batch);
   split_kv::Pieces* pieces = blockIdx.x == 0 && blockIdx.y == 0 ? p.pieces.pieces : nullptr;
   return split_kv::find_part(p.keys, blockIdx.y, scratch, pieces);
 }
@@ -224,7 +224,7 @@ void launch_decode(const SparseMlaDecodeArgs& a, const Launch& launch) {
                             .overhead_blocks = kOverheadBlocks,
                             .invariant_pieces = a.batch_invariant ? split_kv::invariant_pieces(row_tiles(a)) : 0,
                             .parts = split_kv::Reciprocal(parts)};
-  const split_kv::EqualRequests equal(keys, parts);
+  const split_kv::EqualRequests equal(keys);
   const bool adds_up = split_kv::cuts_requests(parts, batch, a.batch_invariant) && !(keys.equal() && equal.whole());
   split_kv::Workspace pieces = split_kv::Workspace::at(
       launch.workspace, batch, parts, split_kv::strips_of(a.q.size(1), a.q.size(2)), a.batch_invariant);

@@ -89,5 +89,42 @@ TEST(SplitKv, RequestsThatHardlyDifferStayWhole) {
   EXPECT_GT(pieces_of(lengths, 66, 1), 128);
 }
 
+/// Expects that the parts of equal requests compute all blocks, each once and in order, and write down their pieces
+/// where the combining kernel looks for them.
+void expect_equal_requests_are_computed(int batch, int blocks, int parts) {
+  SCOPED_TRACE(::testing::Message() << batch << " requests of " << blocks << " blocks in " << parts << " parts");
+  Keys keys{};
+  keys.batch = batch, keys.keys = blocks * kBlockKeys, keys.overhead_blocks = 1;
+  keys.parts = Reciprocal(static_cast<unsigned>(parts));
+  const EqualRequests equal(keys);
+  std::vector<int> done(batch), pieces(batch);
+  for (int number = 0; number < parts; ++number) {
+    const Part part = equal.part(number, batch);
+    int sum = 0;
+    for (int request = part.first_request; request <= part.last_request; ++request) {
+      const int begin = request == part.first_request ? part.first_block : 0,
+                end = request == part.last_request ? part.end_block : blocks;
+      ASSERT_EQ(begin, done[request]);
+      ASSERT_LE(end, blocks);
+      const Pieces its = equal.pieces(request);
+      if (its.count > 1) ASSERT_EQ(its.slot(pieces[request]), 2 * number + (request != part.first_request));
+      done[request] = end, sum += end - begin, ++pieces[request];
+    }
+    ASSERT_EQ(part.blocks, sum);
+  }
+  for (int request = 0; request < batch; ++request) {
+    ASSERT_EQ(done[request], blocks);
+    ASSERT_EQ(pieces[request], equal.pieces(request).count);
+    if (equal.whole()) ASSERT_EQ(pieces[request], 1);
+  }
+}
+
+TEST(SplitKv, EqualRequestsAreComputed) {
+  for (const int parts : {1, 2, 33, 66, 132})
+    for (const int blocks : {0, 1, 2, 10, 18, 32, 64, 513})
+      for (const int batch : {1, 2, 3, 16, 31, 64, 65, 66, 67, 128, 132, 148})
+        expect_equal_requests_are_computed(batch, blocks, parts);
+}
+
 }  // namespace
 }  // namespace dsm::split_kv
