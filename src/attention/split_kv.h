@@ -42,8 +42,8 @@ struct Pieces {
 };
 
 inline constexpr int kBlockKeys = 64;
-/// What a part with cuts at both ends takes longer for it, at most.
-inline constexpr int kCutBlocks = 8;
+/// What a part with cuts at both ends takes longer for it, in blocks, at least and at most.
+inline constexpr int kLeastCutBlocks = 3, kMostCutBlocks = 8;
 
 DSM_HD_INLINE constexpr int blocks_of(int keys) { return (keys + kBlockKeys - 1) / kBlockKeys; }
 
@@ -74,7 +74,7 @@ class Line {
     int length = in_turn;
     if (alone <= longest_alone(in_turn))
       apart_ = true, gap_ = 0, length = alone;
-    else if (whole * (most + gap) <= in_turn + least(in_turn / 16, kCutBlocks))
+    else if (whole * (most + gap) <= in_turn + largest(kLeastCutBlocks, least(in_turn / 16, kMostCutBlocks)))
       least_ = most + gap, length = whole * least_;
     length_ = Reciprocal(length);
   }

@@ -33,7 +33,14 @@
 // cycles; but of V4.1 with FP4 40 us instead of 49) or by one of the eight warps (10 to 17 %), and with that two
 // warpgroups in turn once more (70 us instead of 40: 64 registers do not do for converting); the next block's scores
 // queued behind this one's values (20 % slower: they hold up who brings keys); two places for weights, stored by
-// stmatrix (3 % slower to 1 % faster).
+// stmatrix (3 % slower to 1 % faster); quarters of rows copied asynchronously to places of their lanes, six of nine
+// pieces (53 us); scores in a warpgroup of their own and half of the values in each of two, which leaves one to bring
+// keys (scores take 2500 cycles a block then, values 2000, but keys 5500 to 7000): by asynchronous copies to where
+// their values will be (57 us, asked for by those who add values 51), by bulk copies 40 rows ahead, asked for by who
+// makes scores (55) or adds values (50), and for 128 heads by pairs of thread blocks that convert half of the keys each
+// and store them in both (129 us instead of 105): who brings keys stands still while scores are made, as these take
+// all of the port; pieces added up by the thread block of the request's first keys, which waits for the others' (3 us
+// of 46 less at batch 128 with lists of 1 to 512, but 192 registers do not do for it, which costs 10).
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
 // L2 flushed by writing, whose lines are written back meanwhile:

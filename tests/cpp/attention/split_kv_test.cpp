@@ -87,6 +87,10 @@ TEST(SplitKv, RequestsThatHardlyDifferStayWhole) {
   EXPECT_EQ(pieces_of(lengths, 66, 1), 128);
   lengths[7] = 80;
   EXPECT_GT(pieces_of(lengths, 66, 1), 128);
+  for (int i = 0; i < 128; ++i) lengths[i] = 3 + i % 8;  // to save three blocks is not worth two cuts
+  EXPECT_EQ(pieces_of(lengths, 132, 1), 128);
+  for (int& length : lengths) length *= 2;
+  EXPECT_GT(pieces_of(lengths, 132, 1), 128);
 }
 
 /// Expects that the parts of equal requests compute all blocks, each once and in order, and write down their pieces
