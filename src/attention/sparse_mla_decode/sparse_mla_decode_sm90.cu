@@ -3,50 +3,56 @@
 // lists are long or bits must not depend on the batch (sparse_mla_decode_sm90_few_heads_v32.cuh); what follows is the
 // one for more, and for plain rows. Calls so small that there is a multiprocessor for each block of keys of each 16
 // heads take the former, unless bits must not depend on the batch.
+//
 // A thread block has 64 heads of one position and a run of blocks of 64 keys, of one request or of several. Four
 // warpgroups: one makes scores, weights and half of the output's columns, one the other half; two turn cached rows into
-// tiles of bfloat16 keys. Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for
-// the values, 65 to be written, 37 to arrive, i.e. 2500 to 2800 cycles at 128 bytes each, and the products alone 2048.
-// Measured are 5000 to 5500. One warpgroup makes scores (1000 to 1400 cycles), weights (800 to 1100), hands them over
-// (400 to 1700) and adds its values (1000 to 1300), one after another. Who brings keys takes as long: at batch 128,
-// without scores, weights and values, 33.6 us of 40.4 (128 heads 96 of 117, V3.2 with 64 heads 93 of 105), and without
-// conversion and stores, too, 21 (66, 43); with conversion left out but not the stores 38. They load and convert one
-// after the other, since ptxas counts all loads that pass the end of a loop or a wait by one scoreboard: who needs its
-// first piece waits for its last one, just asked for. Until the first keys are there a call takes 5 us (batch 2) to 8
-// us (128), where the queries and the first rows of all thread blocks, 13 MB, arrive together. Its instructions count:
-// a chain of dependent ones takes 5 to 13 cycles each, so that what runs once is kept short. What did not help: to hold
-// the stores back until the scores are made, to ask for rows from four warps instead of eight, to ask for each piece of
-// a row as soon as its place is free, weights in the keys' own buffer so that their reader is not waited for; queries
-// asked for after the first indices or rows, loads that do not allocate in the L1 (13 % slower), parameters touched by
-// all warps at once; to have the L2 fetch rows a block ahead (1 to 7 % slower); two warpgroups that make scores and
-// weights in turn, as in dense decode, which need 192 registers each and leave 64 to those that bring keys (60 us
-// instead of 49 at batch 128); a quarter of the columns instead of half for the warpgroup that makes the scores (as
-// fast); maxima and sums in four chains each (2 % slower); pairs of thread blocks that have half of the columns of
-// queries, keys and values each and send each other their part of the scores, which takes half of the memory and copies
-// rows ahead into what is left: 58 us instead of 46 at 64 heads and batch 128, 124 instead of 117 at 128 heads, as a
-// row's address, its weights and the exchange (16 KB at 18 bytes a cycle for 64 heads) cost both blocks instructions,
-// of which the multiprocessor issues no more; keys and values from registers, as V3.2's few heads have them: 49 us
-// instead of 40 at batch 128, as what converts them for the scores and once more for the values takes the arithmetic
-// units longer than the products, next to which these have half their rate (of V3.2, 94 instead of 105 at 64 heads and
-// batch 128, but 27 instead of 20 at 128 heads and batch 2: more code begins a call); whole rows copied, 40 at a time,
-// to what V4 leaves of shared memory, by those who convert (4 to 6 % slower, as asking for 8 rows takes a warp 1300
-// cycles; but of V4.1 with FP4 40 us instead of 49) or by one of the eight warps (10 to 17 %), and with that two
-// warpgroups in turn once more (70 us instead of 40: 64 registers do not do for converting); the next block's scores
-// queued behind this one's values (20 % slower: they hold up who brings keys); two places for weights, stored by
-// stmatrix (3 % slower to 1 % faster); quarters of rows copied asynchronously to places of their lanes, six of nine
-// pieces (53 us); scores in a warpgroup of their own and half of the values in each of two, which leaves one to bring
-// keys (scores take 2500 cycles a block then, values 2000, but keys 5500 to 7000): by asynchronous copies to where
-// their values will be (57 us, asked for by those who add values 51), by bulk copies 40 rows ahead, asked for by who
-// makes scores (55) or adds values (50), and for 128 heads by pairs of thread blocks that convert half of the keys each
-// and store them in both (129 us instead of 105): who brings keys stands still while scores are made, as these take
-// all of the port; pieces added up by the thread block of the request's first keys, which waits for the others' (3 us
-// of 46 less at batch 128 with lists of 1 to 512, but 192 registers do not do for it, which costs 10).
+// tiles of bfloat16 keys.
+//
+// Bound by the port of shared memory: 64 keys of V4 take 131 KB of it for the scores, 74 for the values, 65 to be
+// written, 37 to arrive, i.e. 2500 to 2800 cycles at 128 bytes each, and the products alone 2048. Measured are 4500 to
+// 5000. One warpgroup makes scores (1000 to 1400 cycles), weights (800 to 1100), hands them over (400 to 1700) and adds
+// its values (1000 to 1300), one after another. Who brings keys takes as long: at batch 128, without scores, weights
+// and values, 33.6 us of 40.4 (128 heads 96 of 117, V3.2 with 64 heads 93 of 105), and without conversion and stores,
+// too, 21 (66, 43); with conversion left out but not the stores 38. Next to the scores, which take all of the port,
+// their loads and stores stand still. Until the first keys are there a call takes 5 us (batch 2) to 8 us (128), where
+// the queries and the first rows of all thread blocks, 13 MB, arrive together; its instructions count, as a chain of
+// dependent ones takes 5 to 13 cycles each: what runs once is kept short.
+//
+// What did not help, with the time of V4, 64 heads, batch 128, where it was 40 to 41 us, unless it says otherwise:
+// - Loads: asked for by four warps instead of eight; each piece as soon as its place is free; without allocating in the
+//   L1 (13 % slower); fetched into the L2 a block ahead (1 to 7 % slower); registers touched early, so that nothing
+//   waits for a load just asked for, which ptxas counts by the same scoreboard (as fast).
+// - Copies instead: six of a lane's nine pieces asynchronously to places of its own (53); whole rows by bulk copies,
+//   40 of them in what V4 leaves of shared memory, asked for by those who convert (4 to 6 % slower, as 8 rows take a
+//   warp 1300 cycles to ask for; but V4.1 with FP4 40 instead of 49, now 42) or by one of eight warps (10 to 17 %).
+// - Stores held back until the scores are made.
+// - Two warpgroups that make scores and weights in turn, as in dense decode: they need 192 registers each and leave 64
+//   to those that bring keys (60 instead of 49; with bulk copies 70).
+// - Scores in a warpgroup of their own and half of the values in each of two (scores take 2500 cycles a block then,
+//   values 2000), which leaves one to bring keys (5500 to 7000): copied asynchronously to where their values will be
+//   (57; asked for by those who add values 51), by bulk copies 40 rows ahead (asked for by who makes scores 55, by
+//   those who add values 50), and for 128 heads by pairs of thread blocks that convert half of the keys each and store
+//   them in both (129 instead of 105).
+// - Pairs of thread blocks that have half of the columns of queries, keys and values each and send each other their
+//   part of the scores, with rows copied ahead into the memory left (58 instead of 46; 128 heads 124 instead of 117):
+//   a row's address, its weights and the exchange cost both blocks instructions, of which the multiprocessor issues
+//   no more.
+// - Keys and values from registers, as V3.2's few heads have them (49): what converts them for the scores and once more
+//   for the values takes the arithmetic units longer than the products, next to which these have half their rate (V3.2
+//   94 instead of 105, but 128 heads at batch 2 27 instead of 20: more code begins a call).
+// - The next block's scores queued behind this one's values (20 % slower: they hold up who brings keys); a quarter of
+//   the columns instead of half for who makes the scores; half a block's keys given back early; maxima and sums in four
+//   chains each (2 % slower); weights in the keys' own buffer, in two places, or stored by stmatrix (3 % slower to 1 %
+//   faster).
+// - At the beginning: queries asked for after the first indices or rows; parameters touched by all warps at once.
+// - Pieces added up by the thread block of the request's first keys, which waits for the others' (3 us of 46 less with
+//   lists of 1 to 512, but 192 registers do not do for it, which costs 10).
 //
 // H200, us end to end, keys of a first cache + a second one, beside the limit max(bytes / 4.3 TB/s, FLOP / 740 TFLOPS),
-// L2 flushed by writing, whose lines are written back meanwhile:
-// V4, 64 heads, 128 + 512: batch 2 12.2 by tiles of 16 heads (15.3), 16 22.0 (1.9), 64 30.5 (7.5), 128 37.5 (15),
-// 148 55.4 (17); at most 512 in the second cache: batch 64 27.6 (5.2), 128 42.6 (10). 128 heads, 128 + 1024: batch
-// 64 55.1 (26), 128 105 (52). V3.2, 2048: 64 heads batch 128 99 (49); 128 heads batch 2 20, 64 93 (49), 128 181 (99).
+// L2 flushed by writing, whose lines are written back meanwhile (flushed by reading, 64 heads: batch 128 37.4, 148 55):
+// V4, 64 heads, 128 + 512: batch 2 12.2 by tiles of 16 heads (15.3), 16 21.2 (1.9), 64 32.2 (7.5), 128 40.4 (15),
+// 148 58.7 (17); at most 512 in the second cache: batch 64 28.9 (5.2), 128 43.2 (10). 128 heads, 128 + 1024: batch
+// 64 58.0 (26), 128 104 (52). V3.2, 2048: 64 heads batch 128 101 (49), 128 heads batch 2 19.6, 64 95 (49), 128 177.
 #include <algorithm>
 
 #include "src/attention/sparse_mla_decode/plain_rows_sm90.cuh"

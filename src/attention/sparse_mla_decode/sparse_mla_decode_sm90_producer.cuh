@@ -141,6 +141,11 @@ class RowStream {
   uint4 lots_[2][std::max(Pieces<Record>::kLot, Pieces<Extra>::kLot)], scales_[kScales], next_scales_[kScales];
 };
 
+/// Whether a row's first lot is asked for before the second one of the row before has been stored: with V4 15 % faster
+/// at 128 heads and 3 % at 64, with V4.1 3 %; with V3.2 2 to 4 % slower, with NVFP4 4, with a second cache of FP4 16.
+template <class Record, class Extra>
+inline constexpr bool kAsksEarly = Record::kWidth == kValues && std::is_same_v<Record, Extra>;
+
 /// Two warpgroups bring half of each block; nothing waits at the end of a request. Each turn of the loop stores a
 /// block, asks for the rows of the next one and for the indices of the one after it, as far as there are any: all three
 /// stand here once, because a call begins with instructions that no cache has.
@@ -152,27 +157,32 @@ __device__ __forceinline__ void bring_keys(const Problem& p, const split_kv::Par
 #pragma unroll 1
   do {
     const std::uint32_t keys = cuda::shared_address(shared.keys[use.buffer()]);
-    if (stores) {
-      rows.take();
-      shared.empty[use.buffer()].wait(use.parity() ^ 1);
-      rows.store_valid(shared.valid[use.buffer()]);
-      rows.template store<0>(keys);
-    }
-    __syncwarp();
-    if (asks) {
-      rows.turn();
-      rows.template ask<0>();
-    }
-    next = rows.ask_index();
-    __syncwarp();
-    if (stores) {
+    const auto store_rest = [&] {
       rows.template store<1>(keys);
       cuda::fence_async_shared();
       __syncwarp();
       if (threadIdx.x % 32 == 0) shared.full[use.buffer()].arrive();
       ++use.n;
+    };
+    if (stores) {
+      rows.take();
+      shared.empty[use.buffer()].wait(use.parity() ^ 1);
+      rows.store_valid(shared.valid[use.buffer()]);
+      rows.template store<0>(keys);
+      if constexpr (!kAsksEarly<Record, Extra>) store_rest();
     }
-    if (asks) rows.template ask<1>();
+    __syncwarp();
+    if (asks) {
+      rows.turn();
+      rows.template ask<0>();
+      if constexpr (!kAsksEarly<Record, Extra>) rows.template ask<1>();
+    }
+    next = rows.ask_index();
+    if constexpr (kAsksEarly<Record, Extra>) {
+      __syncwarp();
+      if (stores) store_rest();
+      if (asks) rows.template ask<1>();
+    }
     stores = asks, asks = next;
   } while (stores || asks);
 }
