@@ -126,11 +126,11 @@ struct IndexerKInsertArgs {
 DSM_API void indexer_k_insert(const IndexerKInsertArgs& args, const Launch& launch = {});
 DSM_API std::size_t indexer_k_insert_workspace(const IndexerKInsertArgs& args);
 
-/// Reads rows of a cache of any format: out[i] = the values of row indices[i], rounded once to out's dtype (plain
+/// Reads rows of a cache of any format: out[i] = the values of row indices[i], or i, rounded once to out's dtype (plain
 /// float64 to 16 bits by way of float32). An index that is no row gives zeros.
 struct KvGatherArgs {
   TensorView cache;    ///< plain or quantised
-  TensorView indices;  ///< [count] int32
+  TensorView indices;  ///< [count] int32; absent: every row in order
   TensorView out;      ///< out [count, width] float64|float32|float16|bfloat16, contiguous
 };
 DSM_API void kv_gather(const KvGatherArgs& args, const Launch& launch = {});

@@ -59,8 +59,8 @@ DSM_API std::size_t mla_decode_workspace(const MlaDecodeArgs& args);
 ///
 /// Caches are plain or quantised (dsm/kv_cache.h): a quantised row stands for its float32 values. Index = page ·
 /// page_size + entry. An index below 0 or beyond the last row is no key; one that is listed twice counts twice. Rows
-/// that no list names within its length are never read. The sink is in no lse; −inf is none, +inf gives output 0.
-/// Source: DeepSeek-V3.2 report (2025), DeepSeek-V4 reference code; the arguments of FlashMLA.
+/// that no list names within its length may be read, but have no effect. The sink is in no lse; −inf is none, +inf
+/// gives output 0. Source: DeepSeek-V3.2 report (2025), DeepSeek-V4 reference code; the arguments of FlashMLA.
 struct SparseMlaDecodeArgs {
   TensorView q;  ///< [batch, s_q, h_q, d_qk] float64|float32|float16|bfloat16, elements adjacent
   /// [pages, page_size, 1, d_qk] float32|float16|bfloat16, beside a float64 q float64, too; or [pages, page_size, 1,

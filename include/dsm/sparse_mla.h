@@ -36,8 +36,8 @@ struct SparseMlaPrefillArgs {
   TensorView topk_length;  ///< [s_q] int32, contiguous: only so many indices of the query count; absent: all
   double softmax_scale = 1;
   TensorView out;         ///< out [s_q, h_q, d_v], d_v <= d_qk; rows and heads any distance apart
-  TensorView max_logits;  ///< out [s_q, h_q]
-  TensorView lse;         ///< out [s_q, h_q], natural logarithm
+  TensorView max_logits;  ///< out [s_q, h_q], contiguous; absent: not wanted
+  TensorView lse;         ///< out [s_q, h_q], natural logarithm; without max_logits any distances apart
   TensorView key_probs;   ///< out [s_q, h_kv, topk], 0 where there is no key; absent: not wanted
 };
 DSM_API void sparse_mla_prefill(const SparseMlaPrefillArgs& args, const Launch& launch = {});

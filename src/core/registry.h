@@ -24,7 +24,7 @@ using Reason = std::string;
 /// One row of an operator's table.
 template <class Args>
 struct Implementation {
-  const char* name;  ///< "cpu", "cuda" or "sm90"
+  const char* name;  ///< "cpu", "cuda", "sm90", or of another operator that does it
   DeviceType device;
   void (*run)(const Args&, const Launch&);    ///< null: not in this build
   Reason (*supports)(const Args&) = nullptr;  ///< null: every request that passed the checks

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "src/attention/key_count.h"
+#include "src/attention/sparse_mla_decode/sparse_mla_decode_prompt.h"
 #include "src/attention/sparse_mla_decode/sparse_mla_decode_sm90.h"
 #include "src/core/checks.h"
 #include "src/core/kv_cache.h"
@@ -15,7 +16,9 @@ namespace dsm {
 namespace {
 
 const Operator<SparseMlaDecodeArgs> decode("attention", "sparse_mla_decode",
-                                           {{"sm90", DeviceType::cuda, DSM_CUDA_ROW(sparse_mla_decode_sm90),
+                                           {{"prefill", DeviceType::cuda, DSM_CUDA_ROW(sparse_mla_decode_prompt),
+                                             DSM_CUDA_ROW(sparse_mla_decode_prompt_refusal)},
+                                            {"sm90", DeviceType::cuda, DSM_CUDA_ROW(sparse_mla_decode_sm90),
                                              DSM_CUDA_ROW(sparse_mla_decode_sm90_refusal)},
                                             {"cuda", DeviceType::cuda, DSM_CUDA_ROW(sparse_mla_decode_cuda)},
                                             {"cpu", DeviceType::cpu, sparse_mla_decode_cpu}});
@@ -83,6 +86,8 @@ void sparse_mla_decode(const SparseMlaDecodeArgs& args, const Launch& launch) {
 std::size_t sparse_mla_decode_workspace(const SparseMlaDecodeArgs& a) {
   if (a.q.device.type == DeviceType::cpu) return 0;
 #if DSM_WITH_CUDA
+  if (decode.allows("prefill") && sparse_mla_decode_prompt_refusal(a).empty())
+    return sparse_mla_decode_prompt_workspace(a);
   if (decode.allows("sm90") && sparse_mla_decode_sm90_refusal(a).empty()) return sparse_mla_decode_sm90_workspace(a);
   return sparse_mla_decode_cuda_workspace(a);
 #else

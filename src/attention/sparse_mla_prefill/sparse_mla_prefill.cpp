@@ -24,8 +24,11 @@ void check_args(const SparseMlaPrefillArgs& a) {
   check.tensor("out", a.out, "[s_q, h_q, d_v]", {s_q, h_q, Check::kAny}, {a.q.dtype});
   check.unit_last_stride("out", a.out);
   check.that(a.out.size(2) <= a.q.size(2), "d_v", "at most d_qk = " + std::to_string(a.q.size(2)), a.out.size(2));
-  check.contiguous("max_logits", a.max_logits, "[s_q, h_q]", {s_q, h_q}, {wide});
-  check.contiguous("lse", a.lse, "[s_q, h_q]", {s_q, h_q}, {wide});
+  check.tensor("lse", a.lse, "[s_q, h_q]", {s_q, h_q}, {wide});
+  if (a.max_logits) {
+    check.contiguous("max_logits", a.max_logits, "[s_q, h_q]", {s_q, h_q}, {wide});
+    check.contiguous("lse", a.lse, "[s_q, h_q]", {s_q, h_q}, {wide});
+  }
   if (a.key_probs)
     check.contiguous("key_probs", a.key_probs, "[s_q, h_kv, topk]", {s_q, h_kv, a.indices.size(2)}, {wide});
   check.on_device(a.q.device, {{"max_logits", a.max_logits}, {"key_probs", a.key_probs}});

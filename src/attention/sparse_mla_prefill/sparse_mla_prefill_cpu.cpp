@@ -62,8 +62,8 @@ void prefill(const SparseMlaPrefillArgs& a) {
         const bool none = states[h].l == A(0);
         const A total = none ? kInfinity<A> : lse(states[h]);
         factor[h] = none ? A(0) : (sink ? sink_factor(total, sink[head + h]) : A(1)) / states[h].l;
-        a.max_logits.as<A>()[query * h_q + head + h] = states[h].m;
-        a.lse.as<A>()[query * h_q + head + h] = total;
+        if (a.max_logits) a.max_logits.as<A>()[query * h_q + head + h] = states[h].m;
+        a.lse.as<A>()[query * a.lse.stride[0] + (head + h) * a.lse.stride[1]] = total;
       }
       for (std::int64_t j = 0; j < n; ++j)
         for (std::int64_t h = 0; h < group; ++h) p[j * group + h] *= factor[h];

@@ -37,7 +37,7 @@ attention::GatheredAttention problem(const SparseMlaPrefillArgs& a) {
           .out_strides = of_query(a.out),
           .lse = a.lse.data,
           .max_logits = a.max_logits.data,
-          .lse_strides = {h_q, 0, 1},
+          .lse_strides = of_query(a.lse),
           .attn_sink = a.attn_sink.data,
           .key_probs = a.key_probs.data,
           .pools = {pool}};

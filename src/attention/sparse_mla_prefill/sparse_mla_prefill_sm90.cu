@@ -69,6 +69,8 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
       .topk_length = a.topk_length.as<const std::int32_t>(),
       .max_logits = a.max_logits.as<float>(),
       .lse = a.lse.as<float>(),
+      .lse_query = a.lse.stride[0],
+      .lse_head = a.lse.stride[1],
       .items = static_cast<std::int32_t>(s_q * head_tiles),
       .taken = static_cast<std::int32_t*>(launch.workspace),
       .h_q = static_cast<std::int32_t>(h_q),

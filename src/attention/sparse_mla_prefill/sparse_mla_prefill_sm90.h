@@ -50,9 +50,11 @@ struct Problem {
   std::int64_t indices_token;
   const float* attn_sink;           ///< [h_q] or null
   const std::int32_t* topk_length;  ///< [s_q] or null
-  float *max_logits, *lse;          ///< [s_q, h_q]
-  std::int32_t items;               ///< queries times head_tiles
-  std::int32_t* taken;              ///< how many of them beside each block's first one; 0 before the call
+  float* max_logits;                ///< [s_q, h_q] or null
+  float* lse;                       ///< [s_q, h_q] in these strides
+  std::int64_t lse_query, lse_head;
+  std::int32_t items;   ///< queries times head_tiles
+  std::int32_t* taken;  ///< how many of them beside each block's first one; 0 before the call
   std::int32_t h_q, head_tiles, s_kv, topk;
   float softmax_scale;
 };

@@ -212,10 +212,10 @@ __device__ void attend_second(const Problem& problem, const CUtensorMap& out, Sh
     for (int i = 0; i < 2; ++i) {
       const int head = item.head_tile * kHeads + row_of() + 8 * i;
       if (threadIdx.x % 4 != 0 || head >= problem.h_q) continue;
-      const std::int64_t at = static_cast<std::int64_t>(item.query) * problem.h_q + head;
       const bool none = sum[i] == 0;
-      problem.max_logits[at] = none ? -INFINITY : fmaxf(rows.top[i], other[i].top) * problem.softmax_scale;
-      problem.lse[at] = none ? INFINITY : (rows.reference[i] + log2f(sum[i])) * kLn2;
+      store_statistics(problem, item.query, head,
+                       none ? -INFINITY : fmaxf(rows.top[i], other[i].top) * problem.softmax_scale,
+                       none ? INFINITY : (rows.reference[i] + log2f(sum[i])) * kLn2);
     }
     release_staged(shared.k_free[1][kRight]);
     rows = Rows();

@@ -147,9 +147,8 @@ struct FewHeads : attention::FewHeadsSoftmax<2> {
       const float factor = none ? 0 : 1 / (sum + power_of_two(sink[i] - base));
       of_own[i] *= factor, of_other[i] *= factor;
       if (threadIdx.x >= 4 || head(i) >= problem.h_q) continue;
-      const std::int64_t at = static_cast<std::int64_t>(query) * problem.h_q + head(i);
-      problem.max_logits[at] = none ? -INFINITY : most * kLn2;
-      problem.lse[at] = none ? INFINITY : (base + log2f(sum)) * kLn2;
+      store_statistics(problem, query, head(i), none ? -INFINITY : most * kLn2,
+                       none ? INFINITY : (base + log2f(sum)) * kLn2);
     }
 #pragma unroll
     for (int t = 0; t < kOwnTiles; ++t) {

@@ -36,6 +36,12 @@ struct Item {
   std::int32_t query, head_tile, pairs;  // query < 0: there are no more
 };
 
+/// By one thread of a query's head.
+__device__ __forceinline__ void store_statistics(const Problem& problem, int query, int head, float most, float lse) {
+  if (problem.max_logits) problem.max_logits[static_cast<std::int64_t>(query) * problem.h_q + head] = most;
+  problem.lse[query * problem.lse_query + head * problem.lse_head] = lse;
+}
+
 /// What the warpgroups tell each other about a row; sum and top at the end of an item.
 struct RowState {
   float reference, sum, top;

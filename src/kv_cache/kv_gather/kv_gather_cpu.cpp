@@ -17,10 +17,10 @@ template <class A>
 void gather(const KvGatherArgs& a) {
   const cpu::KvRows cache(a.cache);
   const std::int64_t row_bytes = cache.width() * element_size(a.out.dtype);
-  parallel_for(0, a.indices.size(0), kGrainRows, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, a.out.size(0), kGrainRows, [&](std::int64_t begin, std::int64_t end) {
     std::vector<A> row(cache.width());
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t index = a.indices.as<const std::int32_t>()[i];
+      const std::int64_t index = a.indices ? a.indices.as<const std::int32_t>()[i] : i;
       std::uint8_t* out = a.out.as<std::uint8_t>() + i * row_bytes;
       if (!cache.valid(index)) {
         std::fill_n(out, row_bytes, std::uint8_t{0});

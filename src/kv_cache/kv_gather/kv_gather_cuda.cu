@@ -30,6 +30,11 @@ __device__ __forceinline__ T stored(A x) {
   return cuda::narrowed<T>(static_cast<Compute<T>>(x));
 }
 
+/// Without indices, rows follow each other.
+__device__ __forceinline__ std::int32_t index_at(const std::int32_t* indices, std::int64_t row) {
+  return indices ? indices[row] : static_cast<std::int32_t>(row);
+}
+
 /// A number of a storage type, by one access where kAligned.
 template <class T, bool kAligned>
 __device__ __forceinline__ T load_number(const std::uint8_t* from) {
@@ -115,7 +120,7 @@ __device__ __forceinline__ void gather_pieces(const Pages& cache, const std::int
   std::int32_t index[kAtOnce];
   Piece pieces[kAtOnce][kPieces];
 #pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) index[j] = row_of(j) < count ? indices[row_of(j)] : -1;
+  for (int j = 0; j < kAtOnce; ++j) index[j] = row_of(j) < count ? index_at(indices, row_of(j)) : -1;
 #pragma unroll
   for (int j = 0; j < kAtOnce; ++j) {
     // No branches: they would make the next row's loads wait for these. The first row stands in for none.
@@ -148,7 +153,7 @@ __device__ __forceinline__ void gather_pieces(const Pages& cache, const std::int
 }
 
 template <class Record, class T, bool kAligned>
-__global__ void __launch_bounds__(Record::kWidth / 2, 4)
+__global__ void __launch_bounds__(Record::kWidth / 2, kAligned ? 4 : 3)
     kv_gather_record_cuda_kernel(Pages cache, const std::int32_t* indices, std::int64_t count, T* out) {
   using Layout = RecordLayout<Record, T>;
   constexpr int N = Layout::N, kTail = Record::kWidth - Record::kQuantized;
@@ -185,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     const std::uint32_t item = skipped + min(j * kThreads + threadIdx.x, count - 1);
     row[j] = per_row.quotient(item);
     column[j] = (item - row[j] * per_row.divisor()) * W;
-    index[j] = indices[first_row + row[j]];
+    index[j] = index_at(indices, first_row + row[j]);
   }
 #pragma unroll
   for (int j = 0; j < kAtOnce; ++j) {
@@ -206,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 void gather_records(const KvGatherArgs& a, KvFormat format, const Launch& launch) {
-  const std::int64_t count = a.indices.size(0);
+  const std::int64_t count = a.out.size(0);
   const bool aligned = Pages::aligned(a.cache) && cuda::packable({a.out});
   cpu::visit_record(format, [&]<class Record>() {
     using Layout = RecordLayout<Record, T>;

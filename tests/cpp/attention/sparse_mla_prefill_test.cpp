@@ -72,6 +72,25 @@ TEST(SparseMlaPrefill, TheSinkTakesItsShareOfTheOutputAlone) {
   for (float x : lse) EXPECT_EQ(x, 5);
 }
 
+TEST(SparseMlaPrefill, WithoutLargestScoresTheLogarithmsMayLieAnywhere) {
+  const float q[] = {1, 2, 3, 4}, kv[] = {2, 5};  // two queries of two heads
+  const std::int32_t indices[] = {0, 1};
+  float out[4], lse[4] = {kNaN, kNaN, kNaN, kNaN};
+  SparseMlaPrefillArgs args{.q = {q, DType::float32, {2, 2, 1}},
+                            .kv = {kv, DType::float32, {2, 1, 1}},
+                            .indices = {indices, DType::int32, {2, 1, 1}},
+                            .out = {out, DType::float32, {2, 2, 1}},
+                            .lse = {lse, DType::float32, {2, 2}}};
+  args.lse.stride = {1, 2};
+  sparse_mla_prefill(args);
+  const float expected[] = {2, 15, 4, 20};
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(lse[i], expected[i]);
+
+  float max_logits[4];
+  args.max_logits = {max_logits, DType::float32, {2, 2}};
+  EXPECT_THROW(sparse_mla_prefill(args), Error);
+}
+
 TEST(SparseMlaPrefill, RefusesValuesWiderThanRows) {
   float x[8] = {7, 7, 7, 7, 7, 7, 7, 7};
   const std::int32_t indices[] = {0};

@@ -50,6 +50,17 @@ TEST_F(KvInsert, GatherReadsThemBack) {
   EXPECT_EQ(out, (std::vector<float>{3, 31, 32, 0, 0, 0, 1, 11, 12, 0, 0, 0, 0, 0, 0}));
 }
 
+TEST_F(KvInsert, GatherWithoutIndicesReadsEveryRow) {
+  mla_kv_insert(args());
+  std::vector<double> out(kRows * 3, 7);
+  const KvGatherArgs every{.cache = cache_view(), .out = {out.data(), DType::float64, {kRows, 3}}};
+  kv_gather(every);
+  EXPECT_EQ(out, cache);
+  KvGatherArgs fewer = every;
+  fewer.out.shape[0] = kRows - 1;
+  EXPECT_THROW(kv_gather(fewer), Error);
+}
+
 TEST_F(KvInsert, RefusesRowsOfAnotherWidthBeforeItWrites) {
   MlaKvInsertArgs a = args();
   a.k_pe = {k_pe.data(), DType::float64, {kTokens, 1}};

@@ -19,6 +19,7 @@ Arguments = dict[str, Any]
 Results = tuple[Tensor, ...]
 BF16 = torch.bfloat16
 HOPPERS, PORTABLE = ("sm90", "cuda"), ("cuda",)
+PROMPTS = ("prefill", *HOPPERS)
 
 
 class Call(NamedTuple):
@@ -249,6 +250,12 @@ CALLS = (
     Call("sparse_mla_decode", "bfloat16, 512 columns", HOPPERS, _sparse(1024, 128, 64, 1024),
          dsm.ops.sparse_mla_decode),
     Call("sparse_mla_decode", "bfloat16, 544 columns", PORTABLE, _sparse(1088, 16, 70), dsm.ops.sparse_mla_decode),
+    Call("sparse_mla_decode", "prompts, V3.2", PROMPTS, _sparse(656, 20, 65, batch=2, s_q=264),
+         dsm.ops.sparse_mla_decode),
+    Call("sparse_mla_decode", "prompts, V4.1", PROMPTS, _sparse(528, 16, 33, 288, batch=2, s_q=264),
+         dsm.ops.sparse_mla_decode),
+    Call("sparse_mla_decode", "prompts, bfloat16", PROMPTS, _sparse(1024, 17, 33, 1024, batch=1, s_q=264),
+         dsm.ops.sparse_mla_decode),
     Call("sparse_mla_prefill", "V3.2", HOPPERS, _prefill(9, 128, 576, 200), dsm.ops.sparse_mla_prefill),
     Call("sparse_mla_prefill", "V4", HOPPERS, _prefill(150, 64, 512, 129), dsm.ops.sparse_mla_prefill),
     Call("sparse_mla_prefill", "float16", HOPPERS, _prefill(5, 20, 576, 65, dtype=torch.float16),

@@ -18,6 +18,8 @@ from tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+ON_HOPPER = ("prefill", "sm90")
+
 
 def rows_of(calls: Sequence[Call]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
@@ -27,7 +29,7 @@ def rows_of(calls: Sequence[Call]) -> pytest.MarkDecorator:
                 call,
                 row,
                 id=f"{call.operator}-{call.label}-{row}",
-                marks=pytest.mark.skipif(row == "sm90" and not HOPPER, reason="needs a Hopper GPU"),
+                marks=pytest.mark.skipif(row in ON_HOPPER and not HOPPER, reason="needs a Hopper GPU"),
             )
             for call in calls
             for row in call.rows
@@ -64,7 +66,7 @@ def test_agrees_with_the_cpu(call: Call, row: str) -> None:
             if call.exact:
                 torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=0, equal_nan=True)
             else:
-                rounded = row == "sm90" or (call.operator.startswith(("mla", "sparse_mla")) and result.dtype in HALF)
+                rounded = row in ON_HOPPER or (call.operator.startswith(("mla", "sparse_mla")) and result.dtype in HALF)
                 assert_close(f"result {i}", result.cpu(), expected, rounded_terms=rounded)
 
 
