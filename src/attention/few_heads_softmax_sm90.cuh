@@ -49,6 +49,20 @@ struct FewHeadsSoftmax {
     cuda::fence_async_shared();
   }
 
+  /// Multiplies products by the factors of their heads, if any is not 1.
+  template <int kProducts>
+  __device__ __forceinline__ static void multiply_heads(Product (&products)[kProducts],
+                                                        const float (&factors)[kOwnHeads]) {
+    bool one = true;
+#pragma unroll
+    for (int i = 0; i < kOwnHeads; ++i) one &= factors[i] == 1;
+    if (__all_sync(cuda::kAllLanes, one)) return;
+#pragma unroll
+    for (int t = 0; t < kProducts; ++t)
+#pragma unroll
+      for (int i = 0; i < kTileHeads / 2; ++i) products[t][i] *= factors[i / 4 * 2 + i % 2];
+  }
+
   /// Combines numbers of a thread's own heads over all keys of the warpgroup; all of its threads wait for each other.
   template <class Op>
   __device__ __forceinline__ static void combine_keys(float (&x)[kOwnHeads], OfWarps& of_warps, Op op) {

@@ -97,16 +97,6 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
   struct Output {
     Product values[kValues / 64] = {};
 
-    __device__ __forceinline__ void multiply(const float (&factors)[kOwnHeads]) {
-      bool one = true;
-#pragma unroll
-      for (int i = 0; i < kOwnHeads; ++i) one &= factors[i] == 1;
-      if (__all_sync(cuda::kAllLanes, one)) return;
-#pragma unroll
-      for (int t = 0; t < kValues / 64; ++t)
-#pragma unroll
-        for (int i = 0; i < kTileHeads / 2; ++i) values[t][i] *= factors[i / 4 * 2 + i % 2];
-    }
     /// Adds products of a block of keys, each half of whose columns is let go when it is done with.
     __device__ __forceinline__ void add_products(Shared& shared, Use use) {
       const std::uint64_t keys = cuda::m_major(shared.keys[use.buffer()]), weights = cuda::k_major(shared.weights);
@@ -229,13 +219,13 @@ struct FewHeads : attention::FewHeadsSoftmax<1> {
         if (request < part.last_request && block == run.end - 1)  // the queries' last use is over
           ask_queries(p, request + 1, shared);
         await_warpgroup();
-        o.multiply(factors);
+        multiply_heads(o.values, factors);
         o.add_products(shared, use);
       }
       if (request < part.last_request && run.begin >= run.end) ask_queries(p, request + 1, shared);
       if (slot < 0) {
         finish(p, sinks, softmax, shared, request, slot, factors);
-        o.multiply(factors);
+        multiply_heads(o.values, factors);
       }
       o.store(p, request, slot);
       if (slot >= 0) finish(p, sinks, softmax, shared, request, slot, factors);  // while its values are stored

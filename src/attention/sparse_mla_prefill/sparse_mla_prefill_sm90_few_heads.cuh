@@ -78,16 +78,6 @@ struct FewHeads : attention::FewHeadsSoftmax<2> {
 #pragma unroll
       for (Product& tile : values) wgmma_registers(tile);
     }
-    __device__ __forceinline__ void multiply(const float (&factors)[kOwnHeads]) {
-      bool one = true;
-#pragma unroll
-      for (float factor : factors) one &= factor == 1;
-      if (__all_sync(kAllLanes, one)) return;
-#pragma unroll
-      for (Product& tile : values)
-#pragma unroll
-        for (int i = 0; i < kTileHeads / 2; ++i) tile[i] *= factors[i / 4 * 2 + i % 2];
-    }
     /// Adds a block's products, and lets its columns go as they are done with.
     __device__ __forceinline__ void add_products(Shared& shared, int which) {
       const std::uint64_t even = m_major(shared.k[which] + which), odd = m_major(shared.k[which] + (which ^ 1)),
@@ -200,7 +190,7 @@ struct FewHeads : attention::FewHeadsSoftmax<2> {
                       factors);
         store_weights<T>(s, shared.weights[which]);
         await_warpgroup();
-        o.multiply(factors);
+        multiply_heads(o.values, factors);
         o.add_products(shared, which);
       }
       finish(problem, out, shared, which, item.query, o, softmax, sink);
