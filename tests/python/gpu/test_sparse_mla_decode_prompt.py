@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cache_layouts import Pool, of_rows
+from calls import Arguments, forced
 from hostile import CUDA, HOPPER
 
 import ds_flashdmla_moe as dsm
@@ -54,3 +55,40 @@ def test_thousands_of_positions(row_bytes: int, h_q: int, topk: int) -> None:
     again, lse_again = dsm.ops.sparse_mla_decode(q, cache, indices, softmax_scale=scale)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
+
+
+def short_prompts(requests: int) -> Arguments:
+    """Requests with lists of other lengths in two caches."""
+    torch.manual_seed(7)
+    first, second = of_rows(656, 9, 32).cache.to(CUDA), of_rows(352, 80, 2).cache.to(CUDA)
+    return {
+        "q": torch.randn(requests, 264, 20, 576, device=CUDA).bfloat16(),
+        "k_cache": first,
+        "indices": torch.randint(-1, 289, (requests, 264, 70), device=CUDA, dtype=torch.int32),
+        "topk_length": torch.arange(60, 60 + requests, device=CUDA, dtype=torch.int32),
+        "extra_k_cache": second,
+        "extra_indices": torch.randint(-1, 161, (requests, 264, 40), device=CUDA, dtype=torch.int32),
+        "extra_topk_length": torch.arange(10, 10 + 8 * requests, 8, device=CUDA, dtype=torch.int32),
+        "attn_sink": torch.randn(20, device=CUDA),
+    }
+
+
+def test_requests_do_not_depend_on_each_other() -> None:
+    arguments = short_prompts(3)
+    with dsm.explain() as choices:
+        out, lse = dsm.ops.sparse_mla_decode(**arguments)
+    assert choices[0].implementation == "prefill"
+    for request in range(3):
+        alone = {name: x if "cache" in name or "sink" in name else x[request, None] for name, x in arguments.items()}
+        out_alone, lse_alone = dsm.ops.sparse_mla_decode(**alone)
+        assert torch.equal(out[request], out_alone[0])
+        assert torch.equal(lse[request], lse_alone[0])
+
+
+def test_by_the_portable_prefill() -> None:
+    arguments = short_prompts(2)
+    expected = dsm.ops.sparse_mla_decode(**arguments)
+    with forced("sparse_mla_prefill", "cuda"):
+        results = dsm.ops.sparse_mla_decode(**arguments)
+    for name, result, truth_of in zip(("out", "lse"), results, expected, strict=True):
+        assert_close(name, result, truth_of.double(), rounded_terms=True)
