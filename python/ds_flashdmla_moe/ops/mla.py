@@ -83,7 +83,9 @@ def sparse_mla_decode(
 
     ``s_hj = softmax_scale · q_h·k_j``, ``lse_h = log Σ_j exp(s_hj)``, ``out_h = Σ_j exp(s_hj − lse_h) k_j[:d_v] ·
     sigmoid(lse_h − attn_sink_h)``. An index below 0 or beyond the last row is no key, one that is listed twice counts
-    twice, and rows that are not listed are not read. Arithmetic as in :func:`mla_decode`.
+    twice, and rows that are not listed have no effect. Arithmetic as in :func:`mla_decode`. On Hopper, where the
+    queries of a request name the rows of the caches many times over (a prompt), all rows are dequantised once, into
+    memory that is no larger than q and out.
 
     Args:
         q: ``[batch, s_q, h_q, d_qk]``, float64, float32, float16 or bfloat16.

@@ -87,9 +87,10 @@ void sparse_mla_prefill_sm90(const SparseMlaPrefillArgs& a, const Launch& launch
                                 s_q > 1 ? rows.stride[0] : columns, box_rows, box_tiles);
   };
   const bool few = h_q <= sparse_prefill_sm90::kFewHeads;
-  const CUtensorMap q = map(a.q, few ? sparse_prefill_sm90::kFewHeads : sparse_prefill_sm90::kHeads, 1),
-                    out = map(a.out, 16, few ? 1 : 4);
   const bool wide = a.q.size(2) == 576;
+  const CUtensorMap q = map(a.q, few ? sparse_prefill_sm90::kFewHeads : sparse_prefill_sm90::kHeads,
+                            wide ? sparse_prefill_sm90::kQueryBox<9> : sparse_prefill_sm90::kQueryBox<8>),
+                    out = map(a.out, 16, few ? 1 : 4);
   if (bfloat)
     wide ? launch_prefill<__nv_bfloat16, 9>(problem, q, out, launch)
          : launch_prefill<__nv_bfloat16, 8>(problem, q, out, launch);

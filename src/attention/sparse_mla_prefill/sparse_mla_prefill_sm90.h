@@ -8,14 +8,15 @@
 #include "src/core/registry.h"
 
 // Bound by the chip's power limit, by shared memory and by the L2's rate of rows: a pair of key blocks, 128 keys, is
-// 4352 cycles of products (d_qk 576), asks 4800 of shared memory's port, and takes 5600, the ends of queries included,
-// which are some 3500 a query and 64 heads. Without copies of rows it would take 7 % fewer with 8192 keys and 11 %
-// fewer with 131072, where two in five come from the device's memory. H200, s_q 4096, bfloat16, random rows, us | part
-// of the limit of 740 TFLOPS | FlashMLA of vLLM's wheel, in turns with it, under the power limit:
+// 4352 cycles of products (d_qk 576), keeps shared memory's port busy for 4800, and takes 5600, the ends of queries
+// included, which are some 3500 a query and 64 heads: 3600 of the port, as output, Q and all rows go through it then.
+// Without copies of rows it would take 7 % fewer with 8192 keys and 11 % fewer with 131072, where two in five come from
+// the device's memory, 2.1 TB/s, whose power slows the clock by 2 to 5 %. H200, s_q 4096, bfloat16, random rows, us |
+// part of the limit of 740 TFLOPS | FlashMLA of vLLM's wheel, in turns with it, under the power limit:
 //
-//   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3803 | 83 % | 4510      d_qk 512, h_q 64, topk  512:  487 | 76 % |  604
-//                                 s_kv  32768: 3950 | 80 % | 4572      d_qk 512, h_q 128, topk 1024: 1744 | 85 % | 2078
-//                                 s_kv 131072: 4278 | 74 % | 4880
+//   d_qk 576, h_q 128, topk 2048, s_kv   8192: 3562 | 89 % | 4281      d_qk 512, h_q 64, topk  512:  462 | 80 % |  549
+//                                 s_kv  32768: 3878 | 81 % | 4531      d_qk 512, h_q 128, topk 1024: 1690 | 88 % | 1897
+//                                 s_kv 131072: 4088 | 77 % | 4699
 //
 // Up to 16 heads have a kernel of their own (sparse_mla_prefill_sm90_few_heads.cuh).
 //
@@ -26,10 +27,13 @@
 // between blocks so that all end alike, the output stored from registers (2 to 6 % slower), its place let go before the
 // next S0, or rounded beside that (3 to 4 % slower: it stands still), the last tile of Q kept in registers (it spills),
 // rows that the L2 is to keep, indices asked for two pairs ahead, the next query taken before the last pair (1 to 4 %
-// slower). Rows multicast to the blocks of two head tiles come 128 bytes a copy, as tiles are swizzled: 50 cycles of
-// the warp that asks for each, and with eight warps 27 bytes a cycle, fewer than the 16-byte copies bring. How densely
-// these follow each other matters by 2 %, which the compiler decides: back to back, 8192 keys take longer and 131072
-// less.
+// slower), the first half of the output rounded where d_qk 512 leaves room, statistics stored while P1 V1 is multiplied
+// (1 % slower) or once the output has left, rows or Q fetched to the L2 by 128 or 256 bytes or to be given up first,
+// items dealt out in their order, with the two head tiles of a query at work in a cluster, in step or not (up to 1 %
+// fewer cycles, as many us). Rows multicast to the blocks of two head tiles come 128 bytes a copy, as tiles are
+// swizzled: 50 cycles of the warp that asks for each, and with eight warps 27 bytes a cycle, fewer than the 16-byte
+// copies bring. How densely these follow each other matters by 2 %, which the compiler decides: back to back, 8192 keys
+// take longer and 131072 less.
 
 namespace dsm {
 

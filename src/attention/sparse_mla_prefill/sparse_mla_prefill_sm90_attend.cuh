@@ -28,7 +28,7 @@ __device__ void attend_first(const Problem& problem, const CUtensorMap& out, Sha
   const auto begin_scores = [&](bool releases) {
     shared.valid_ready[0].wait(parity);
     valid = *reinterpret_cast<const uint2*>(shared.valid[0]);
-    shared.q_ready[kLeft].wait(q_parity);
+    shared.q_ready.wait(q_parity);
     wgmma_registers(s);
     await_keys(0);
     multiply_tiles<T, 0, 1>(s, shared.q, k0, false);
@@ -39,7 +39,6 @@ __device__ void attend_first(const Problem& problem, const CUtensorMap& out, Sha
     multiply_tiles<T, 1, 2>(s, shared.q, k0, true);
     await_keys(1);
     multiply_tiles<T, 2, 4>(s, shared.q, k0, true);
-    shared.q_ready[kRight].wait(q_parity);
     await_keys(2);
     multiply_tiles<T, 4, 6>(s, shared.q, k0, true);
     await_keys(3);
@@ -142,7 +141,7 @@ __device__ void attend_second(const Problem& problem, const CUtensorMap& out, Sh
     if (item.query < 0) break;
     const bool last = pair + 1 == item.pairs;
     const uint2 valid = *reinterpret_cast<const uint2*>(shared.valid[1]);
-    shared.q_ready[kLeft].wait(q_parity);
+    shared.q_ready.wait(q_parity);
     wgmma_registers(s);
     await_keys(0);
     named_sync(kFirstScored, kConsumers);
@@ -150,7 +149,6 @@ __device__ void attend_second(const Problem& problem, const CUtensorMap& out, Sh
     await_keys(1);
     multiply_tiles<T, 2, 4>(s, shared.q, k1, true);
     multiply_tiles<T, 8, kTiles>(s, shared.q, k1, true);
-    shared.q_ready[kRight].wait(q_parity);
     await_keys(2);
     multiply_tiles<T, 4, 6>(s, shared.q, k1, true);
     await_keys(3);

@@ -57,7 +57,7 @@ struct FewHeads : attention::FewHeadsSoftmax<2> {
         wgmma_m64n16<T, Major::k>(s, advanced(keys, tile * sizeof(Tile) + step * 32),
                                   advanced(q, tile * kQueryTileBytes + step * 32), tile > 0 || step > 0);
     };
-    for (MBarrier& half : shared.q_ready) half.wait(q_parity);
+    shared.q_ready.wait(q_parity);
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
       shared.k_ready[which][group].wait(parity);

@@ -16,6 +16,7 @@ template <class T, int kTiles, int kItemHeads>
 __device__ void gather(const Problem& problem, const CUtensorMap& queries, Gathered<kTiles, kItemHeads>& shared) {
   const int warp = threadIdx.x % 128 / kWarpSize, lane = threadIdx.x % kWarpSize;
   const T* const kv = static_cast<const T*>(problem.kv);
+  constexpr int kBox = kQueryBox<kTiles>;
   std::uint32_t parity = 1, q_parity = 1;  // of the phase before
   // The first thread takes items, and says which.
   const bool first = threadIdx.x % 128 == 0;
@@ -43,19 +44,15 @@ __device__ void gather(const Problem& problem, const CUtensorMap& queries, Gathe
     // Q comes from the device's memory, once, and its place is not free yet.
     if (first) {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) tensor_prefetch_l2(queries, 0, first_head, tile, query);
+      for (int tile = 0; tile < kTiles; tile += kBox) tensor_prefetch_l2(queries, 0, first_head, tile, query);
     }
     // By one thread.
     const auto fetch_query = [&] {
       shared.q_free.wait(q_parity);
+      shared.q_ready.arrive_expecting(sizeof(shared.q));
 #pragma unroll
-      for (int half : {kLeft, kRight}) {
-        const int begin = half == kLeft ? 0 : 4, end = half == kLeft ? 4 : kTiles;
-        shared.q_ready[half].arrive_expecting((end - begin) * sizeof(shared.q[0]));
-#pragma unroll
-        for (int tile = begin; tile < end; ++tile)
-          tensor_load(&shared.q[tile], queries, 0, first_head, tile, query, shared.q_ready[half], L2Hint::kEvictFirst);
-      }
+      for (int tile = 0; tile < kTiles; tile += kBox)
+        tensor_load(&shared.q[tile], queries, 0, first_head, tile, query, shared.q_ready, L2Hint::kEvictFirst);
     };
     for (int pair = 0; pair < pairs; ++pair, parity ^= 1) {
       const std::int32_t index = ahead;

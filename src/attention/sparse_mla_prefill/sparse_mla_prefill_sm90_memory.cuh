@@ -30,6 +30,10 @@ using Tile = TileOf<64>;
 /// two tiles as these arrive. A ninth tile arrives with the last group of K0 and with group 1 of K1.
 enum Half { kLeft, kRight };
 
+/// Q comes in boxes of so many tiles, as each copy costs who asks for it some 100 cycles.
+template <int kTiles>
+constexpr int kQueryBox = kTiles % 3 == 0 ? 3 : 4;
+
 /// A query and kHeads of its heads, or kFewHeads; `pairs` of key blocks, at least one, so that a query without keys is
 /// no exception.
 struct Item {
@@ -55,14 +59,14 @@ struct Gathered {
   Item item[2];                          // for either warpgroup, told with the first valid keys
   std::int32_t taken[2];                 // in turn
   alignas(8) std::uint16_t valid[2][4];  // bits: whether a key of the block is one
-  MBarrier q_ready[2], q_free;
+  MBarrier q_ready, q_free;
   MBarrier k_ready[2][4], k_free[2][2], valid_ready[2];  // [block][group], [block][half], [block]
 
   /// By one thread. A warp lets a half of a block of keys go for its warpgroup, and Q for itself.
   __device__ void init_barriers() {
+    q_ready.init(1);
     q_free.init(8);
     for (int i = 0; i < 2; ++i) {
-      q_ready[i].init(1);
       valid_ready[i].init(4);
       for (MBarrier& group : k_ready[i]) group.init(128);
       for (MBarrier& half : k_free[i]) half.init(4);
