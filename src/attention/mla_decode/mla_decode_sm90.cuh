@@ -31,15 +31,26 @@
 // same input; reference points that lag until a score exceeds them by 8 would make calls of pairs 2 to 5 % faster, and
 // the error 1.01 to 1.03 of FlashMLA's. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the
 // first keys; a piece of 64 rows takes 3 us to be stored, what the L2 takes in, and 16 rows 1; the combining kernel has
-// the pieces 1 us after the last store and takes 1 to 6. Smaller blocks of keys would not help: all multiprocessors
-// together wait for the memory, then.
+// the pieces 1 us after the last store and takes 1 to 6. Of both, instructions that run once cost 10 to 25 cycles each.
+// Smaller blocks of keys would not help: all multiprocessors together wait for the memory, then.
 //
-// What did not help: all scores before the other's weights; asking the L2 for keys 1 to 3 blocks ahead; two warpgroups
-// for scores and two for values (as fast); one for scores, two thirds of Q in its registers, two for values and a ring
-// of 2.75 blocks (1 to 2 % faster at 128 heads, 1 to 3 % slower where memory bounds, 9 % for one request of 16 heads);
-// one or two tiles of Q in registers; products of 256 columns, whose quarters are released together (4 % slower);
-// weights published by halves; the other's products beside this one's softmax, after all scores (5 to 10 % slower:
-// quarters are released late).
+// A block of keys takes a call of few blocks 3900 cycles at 1.76 GHz, with or without a flush of the L2 before. From
+// one block's weights to the next one's these are 2450 for products, 1664 if it were for the tensor cores alone:
+// operands and arriving keys share the port of shared memory; 770 for the softmax; and 660 to publish 8 KB beside the
+// other's scores, 400 without them. The next keys are there 1800 cycles after their quarter is released, of which 600
+// pass until both blocks of a pair have released it.
+//
+// What did not help: none, one or three quarters of the scores before the other's weights instead of two (0 to 4 %
+// slower), or all of them; scores in turn, after all of the other's; reference points published before the weights, to
+// scale values meanwhile (3 % slower at batch 128); pieces as float16, each half of a row scaled by its largest value
+// (0.5 to 2 us slower with 64 rows, 2 to 4 with 16: the instructions take longer than the bytes); short calls without
+// pairs (-1 to +0.3 us; 2 to 5 % slower at batch 128); meeting the other block of a pair before results are stored
+// instead of after (about 1 % slower at batch 128); asking the L2 for keys 1 to 3 blocks ahead; two warpgroups for
+// scores and two for values (as fast); one for scores, two thirds of Q in its registers, two for values and a ring of
+// 2.75 blocks (1 to 2 % faster at 128 heads, 1 to 3 % slower where memory bounds, 9 % for one request of 16 heads); one
+// or two tiles of Q in registers; products of 256 columns, whose quarters are released together (4 % slower); weights
+// published by halves; the other's products beside this one's softmax, after all scores (5 to 10 % slower: quarters are
+// released late).
 
 namespace dsm::dense_decode {
 
