@@ -82,22 +82,25 @@ __device__ __forceinline__ uint4 scaled_chunk(uint4 chunk, __nv_bfloat162 by) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-/// 8 E2M1 codes as bfloat16: their bytes by table, the signs put in.
-__device__ __forceinline__ uint4 e2m1_chunk(std::uint32_t codes) {
-  constexpr std::uint32_t kHigh[2] = {0x3f3f3f00, 0x40404040}, kLow[2] = {0xc0800000, 0xc0804000};
-  const std::uint32_t magnitudes = codes & 0x77777777, signs = codes >> 3 & 0x11111111;
-  std::uint32_t pairs[4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const std::uint32_t select = magnitudes >> 16 * half;
-    const std::uint32_t high = __byte_perm(kHigh[0], kHigh[1], select) | __byte_perm(0x8000, 0, signs >> 16 * half);
-    const std::uint32_t low = __byte_perm(kLow[0], kLow[1], select);
-    pairs[2 * half] = __byte_perm(low, high, 0x5140), pairs[2 * half + 1] = __byte_perm(low, high, 0x7362);
-  }
-  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+/// Elements made of E2M1 codes and E4M3 scales are their values times this: with more, scales of codes as e2m1_chunk
+/// leaves them would leave bfloat16.
+inline constexpr float kE2m1Unit = 0x1p-8f;
+
+/// 8 E2M1 codes times a scale. As bits of a bfloat16 whose exponent is too small, subnormal where E2M1 is, codes are
+/// 2^-126 times as large. Their signs change the scale's.
+__device__ __forceinline__ uint4 e2m1_chunk(std::uint32_t codes, __nv_bfloat162 by) {
+  const std::uint32_t shifted = codes << 4, scale = reinterpret_cast<const std::uint32_t&>(by);
+  const auto pair = [&](unsigned byte) {
+    const std::uint32_t high = __byte_perm(codes, shifted, byte << 12 | (4 + byte) << 4);  // of both halves
+    const std::uint32_t magnitudes = high >> 6 & 0x01c001c0, signed_scale = (high & 0x80008000) ^ scale;
+    const __nv_bfloat162 product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(magnitudes),
+                                           reinterpret_cast<const __nv_bfloat162&>(signed_scale));
+    return reinterpret_cast<const std::uint32_t&>(product);
+  };
+  return {pair(0), pair(1), pair(2), pair(3)};
 }
 
-/// A scale, E8M0 or E4M3, as two bfloat16.
+/// A scale as two bfloat16: E8M0, or E4M3 of what e2m1_chunk takes.
 template <class Scale>
 __device__ __forceinline__ __nv_bfloat162 scale_pair(std::uint8_t scale) {
   if constexpr (std::is_same_v<Scale, float8_e8m0fnu>) {
@@ -107,7 +110,7 @@ __device__ __forceinline__ __nv_bfloat162 scale_pair(std::uint8_t scale) {
   } else {
     float both[2];
     cuda::widen_e4m3(cuda::Bytes<2>{{scale, 0}}, both);
-    return __float2bfloat162_rn(both[0]);
+    return __float2bfloat162_rn(both[0] * (0x1p126f * kE2m1Unit));
   }
 }
 

@@ -6,10 +6,11 @@
 namespace dsm::attention {
 namespace {
 
-// Of a large GPU, elsewhere merely not the best: its processors, what beginning and ending a thread block costs in
-// tiles of keys, and the merging kernel: so many tiles, and one for so many splits.
+// Of a large GPU, elsewhere merely not the best: its processors, and in tiles of keys what costs beginning and ending a
+// thread block, adding up its groups, and the merging kernel: so many tiles, and one for so many parts.
 constexpr std::int64_t kProcessors = 132;
-constexpr std::int64_t kOverheadTiles = 8, kMergingTiles = 2, kSplitsPerTile = 16;
+constexpr std::int64_t kOverheadTiles = 8, kGroupingTiles = 1, kMergingTiles = 2, kSplitsPerTile = 32,
+                       kPartsPerTile = 160;
 constexpr std::int64_t kInvariantSplits = 8;
 
 std::size_t element_bytes(DType dtype) { return dtype == DType::float64 ? sizeof(double) : sizeof(float); }
@@ -20,7 +21,7 @@ GatheredWork::Plan GatheredWork::plan() const {
   const bool few = rows <= kMostOfFew;
   const std::int64_t rows_at_once = few ? kFewRows : kManyRows;
   const std::int64_t row_blocks = units * ((rows + rows_at_once - 1) / rows_at_once);
-  const int at_once = few ? blocks : 1, most_groups = grouped ? at_once : 1;
+  const int at_once = few ? kFewBlocks : 1, most_groups = grouped ? at_once : 1;
   const auto slots = [&](int groups) { return kProcessors * at_once / groups; };
   if (batch_invariant) {  // a request of many blocks needs no splits, whose outputs would take much memory
     const std::int64_t of_request = std::max<std::int64_t>(row_blocks / std::max<std::int64_t>(requests, 1), 1);
@@ -31,8 +32,9 @@ GatheredWork::Plan GatheredWork::plan() const {
   const auto cost = [&](const Plan& plan) {
     const std::int64_t waves = (row_blocks * plan.splits + slots(plan.groups) - 1) / slots(plan.groups);
     const std::int64_t parts = plan.splits * plan.groups;
-    return waves * ((tiles + parts - 1) / parts + kOverheadTiles) +
-           (plan.splits > 1 ? kMergingTiles + plan.splits / kSplitsPerTile : 0);
+    return waves * ((tiles + parts - 1) / parts + kOverheadTiles + (plan.groups > 1 ? kGroupingTiles : 0)) +
+           (plan.splits > 1 ? kMergingTiles + plan.splits / kSplitsPerTile + row_blocks * plan.splits / kPartsPerTile
+                            : 0);
   };
   Plan best{1, 1};
   if (row_blocks >= 8 * slots(1)) return best;

@@ -116,6 +116,7 @@ struct GatheredAttention {
   Strides lse_strides;               ///< of max_logits, too
   const void* attn_sink = nullptr;
   const float* k_scale = nullptr;  ///< of E4M3 rows
+  GatheredWork::Plan plan{1, 1};   ///< work().plan(), for attend_gathered_cuda()
   void* key_probs = nullptr;       ///< [requests, h_kv, listed]; needs own lists and one plain pool
   int pool_count = 1;
   KeyPool pools[2];
@@ -135,13 +136,6 @@ struct GatheredAttention {
   __host__ __device__ std::int64_t queries() const { return own_lists ? 1 : s_q; }
   __host__ __device__ std::int64_t rows() const { return queries() * group(); }
   __host__ __device__ std::int64_t units() const { return requests * (own_lists ? s_q : 1) * h_kv; }
-  /// All rows, for 16-bit queries. With others, less fits on a processor, be it registers or shared memory.
-  bool all_codes() const {
-    const auto codes = [](const KeyPool& pool) {
-      return pool.format > RowFormat::plain && pool.format <= RowFormat::v41_fp4;
-    };
-    return element_size(dtype) == 2 && codes(pools[0]) && (pool_count < 2 || codes(pools[1]));
-  }
   GatheredWork work() const {
     const bool two = pool_count > 1;
     return {.requests = requests,
@@ -150,7 +144,6 @@ struct GatheredAttention {
             .keys = pools[0].listed + (two ? pools[1].listed : 0),
             .d_v = d_v,
             .dtype = dtype,
-            .blocks = all_codes() ? 3 : 2,
             .grouped = element_size(dtype) == 2 && d_qk % 8 == 0 && d_qk <= kMostColumns && d_v <= kMostValues,
             .batch_invariant = batch_invariant};
   }
@@ -164,10 +157,10 @@ struct Parts {
   A* out;     ///< [count, rows of all units, stride]
   A* states;  ///< [count, rows of all units, 2]: maximum and sum
 
-  Parts(const GatheredWork& work, const Launch& launch)
-      : count(work.splits()),
-        rows(work.units * work.rows),
-        stride(work.part_stride()),
+  Parts(const GatheredAttention& p, const Launch& launch)
+      : count(p.plan.splits),
+        rows(p.units() * p.rows()),
+        stride(p.work().part_stride()),
         out(static_cast<A*>(launch.workspace)),
         states(count > 1 ? out + count * rows * stride : nullptr) {}
 

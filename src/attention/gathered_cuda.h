@@ -23,7 +23,6 @@ struct GatheredWork {
   std::int64_t keys;   ///< the most that a unit can have
   std::int64_t d_v;
   DType dtype;                   ///< of the queries
-  int blocks = 2;                ///< of few rows, which run at the same time on a processor
   bool grouped = false;          ///< whether groups of one block's threads can be all these
   bool batch_invariant = false;  ///< units are split in the same way, whatever the number of requests and of keys
 
@@ -40,6 +39,8 @@ struct GatheredWork {
 /// Query rows that a thread block works on: one or four tiles of the matrix product; and of a unit with up to how many
 /// the fewer, in more blocks.
 inline constexpr int kFewRows = 16, kManyRows = 64, kMostOfFew = 32;
+/// Blocks of few rows that run at the same time on a processor, or groups of threads in a block.
+inline constexpr int kFewBlocks = 2;
 /// The largest d_qk and d_v of the matrix products.
 inline constexpr int kMostColumns = 576, kMostValues = 512;
 /// Keys that a thread block works on at a time.

@@ -310,7 +310,7 @@ void attend_gathered_fma(const char* operation, const GatheredAttention& p, cons
   const auto column_blocks =
       static_cast<unsigned>(std::max<std::int64_t>(cuda::ceil_div<std::int64_t>(p.d_v, kColumns), 1));
   cpu::visit_floating(p.dtype, [&]<class T>() {
-    const Parts<Compute<T>> parts(p.work(), launch);
+    const Parts<Compute<T>> parts(p, launch);
     cuda::launch(operation, attend_gathered_fma_cuda_kernel<T>,
                  dim3(static_cast<unsigned>(p.units() * row_blocks), parts.count, column_blocks), dim3(kThreads), 0,
                  launch, p, parts, row_blocks);

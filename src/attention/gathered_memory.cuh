@@ -26,32 +26,34 @@ inline bool scaled(const GatheredAttention& p) {
 /// rather have more warps.
 template <int M, bool kPlain>
 using LayoutOf = Layout<M, M == 1 && !kPlain ? 2 : 1>;
-/// Groups of threads that are to run on a processor at the same time, in one block or in as many.
+/// Whether a warp of its own brings the rows.
 template <int M, bool kPlain>
-inline constexpr int kGroups = M > 1 ? 1 : (kPlain ? 2 : 3);
+inline constexpr bool supplied = M == 1 && !kPlain;
+template <int M, bool kPlain>
+inline constexpr int threads_of = LayoutOf<M, kPlain>::kThreads + (supplied<M, kPlain> ? cuda::kWarpSize : 0);
+/// Groups of threads that are to run on a processor at the same time, in one block or in as many.
+template <int M>
+inline constexpr int kGroups = M > 1 ? 1 : kFewBlocks;
 
-/// Bytes of a key in a slice, of the format that has most of them; 0: all are elements.
-inline int code_bytes(const GatheredAttention& p) {
-  bool plain = true;
-  int most = 0;
-  for (int i = 0; i < p.pool_count; ++i) {
-    const RowFormat format = p.pools[i].format;
-    const bool elements = format == RowFormat::plain;
-    const bool fp4 = format == RowFormat::v32_nvfp4 || format == RowFormat::v41_fp4;
-    plain = plain && elements;
-    most = std::max(most, kMainBytes / (elements ? 1 : fp4 ? 4 : 2));
-  }
-  return plain ? 0 : most;
+/// Whether all keys are elements of the queries' dtype.
+inline bool plain(const GatheredAttention& p) {
+  return p.pools[0].format == RowFormat::plain && (p.pool_count < 2 || p.pools[1].format == RowFormat::plain);
+}
+
+inline Stage stage_of(const GatheredAttention& p) {
+  Stage stage{0};
+  for (int i = 0; i < p.pool_count && !plain(p); ++i)
+    stage.stride = std::max(stage.stride, row_parts(p.pools[i].format, static_cast<int>(p.d_qk)).stride);
+  return stage;
 }
 
 template <class L>
 Memory memory_of(const GatheredAttention& p, int stages) {
   Memory memory{};
-  memory.stage.code_bytes = code_bytes(p);
-  const bool plain = memory.stage.code_bytes == 0;
+  memory.stage = stage_of(p);
   memory.stages = stages;
   memory.tiles_at = stages * memory.stage.bytes();
-  memory.scores_at = memory.tiles_at + (plain ? 0 : kSlices * kSliceBytes);
+  memory.scores_at = memory.tiles_at + (plain(p) ? 0 : (kSlices + 1) * kSliceBytes);
   memory.weights_at = memory.scores_at + L::kScoreBytes;
   memory.queries_at = memory.weights_at + L::kTerms * L::kWeights * 2 * (scaled(p) ? kScaleGroups : 1);
   memory.own_at = memory.queries_at + L::kQueryBytes;
@@ -66,19 +68,19 @@ inline bool fits(const Memory& memory, int groups = 1) {
 }
 
 /// Groups that run at the same time on a processor, as far as registers allow.
-template <int M, bool kPlain>
+template <int M>
 int groups_of(const Memory& memory) {
   int groups = 0;
-  while (groups < kGroups<M, kPlain> && fits(memory, groups + 1)) ++groups;
+  while (groups < kGroups<M> && fits(memory, groups + 1)) ++groups;
   return groups;
 }
 
 /// Two stages, or one of codes where two would leave room for fewer groups.
 template <int M>
 Memory best_memory(const GatheredAttention& p) {
-  if (code_bytes(p) == 0) return memory_of<LayoutOf<M, true>>(p, 2);
+  if (plain(p)) return memory_of<LayoutOf<M, true>>(p, 2);
   const Memory one = memory_of<LayoutOf<M, false>>(p, 1), two = memory_of<LayoutOf<M, false>>(p, 2);
-  return groups_of<M, false>(two) > 0 && groups_of<M, false>(two) >= groups_of<M, false>(one) ? two : one;
+  return groups_of<M>(two) > 0 && groups_of<M>(two) >= groups_of<M>(one) ? two : one;
 }
 
 }  // namespace dsm::attention

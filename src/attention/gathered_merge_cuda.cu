@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kWarps* cuda::kWarpSize)
 void merge_parts(const char* operation, const GatheredAttention& p, const Launch& launch) {
   const auto columns = static_cast<unsigned>(std::max<std::int64_t>(cuda::ceil_div<std::int64_t>(p.d_v, kColumns), 1));
   cpu::visit_floating(p.dtype, [&]<class T>() {
-    const Parts<Compute<T>> parts(p.work(), launch);
+    const Parts<Compute<T>> parts(p, launch);
     const int warps_of_row = parts.count <= kFewParts ? 1 : kWarps;
     const dim3 grid(static_cast<unsigned>(cuda::ceil_div<std::int64_t>(parts.rows * warps_of_row, kWarps)), columns);
     cuda::launch_dependent(operation, merge_gathered_cuda_kernel<T>, grid, dim3(kWarps * cuda::kWarpSize), 0, launch, p,
@@ -103,9 +103,10 @@ void merge_parts(const char* operation, const GatheredAttention& p, const Launch
 void attend_gathered_cuda(const char* operation, const GatheredAttention& problem, const Launch& launch) {
   GatheredAttention p = problem;
   p.set_dividers();
+  p.plan = p.work().plan();
   const bool mma = fits_gathered_mma(p);
   (mma ? attend_gathered_mma : attend_gathered_fma)(operation, p, launch);
-  if (p.work().splits() > 1) merge_parts(operation, p, launch);
+  if (p.plan.splits > 1) merge_parts(operation, p, launch);
   if (p.key_probs && p.pools[0].listed > 0) (mma ? key_probs_mma : key_probs_fma)(operation, p, launch);
 }
 

@@ -1,24 +1,26 @@
 // Copyright (c) 2026 The ds-flashdmla-moe authors. SPDX-License-Identifier: MIT
 // For 16-bit queries: products of 16-bit elements with sums in float32.
 //
-// A block has 16 · M query rows, M = 1 or 4, and walks over tiles of 32 keys; of few rows, up to three groups of its
-// threads have tiles of their own and add up their results in shared memory at the end, so that a unit's keys need not
-// be split between blocks before there are too few of these. Of queries, keys and outputs a warp has 64 columns, of
-// codes and few rows 128 (and 16 of those that are not values): it copies its columns of the keys up to two tiles
-// ahead, makes 16-bit elements of codes, and multiplies them, all by itself. The warps' parts of the scores meet in
-// shared memory, where the online softmax adds them up; before and after it, and only there, the warps of a group wait
-// for each other. Weights of few rows are used as sums of two 16-bit numbers where keys are no codes, so that the
-// result's own rounding is all that shows: 1.7e-3 rms in bfloat16. Others are one number, as on Hopper: 2.0e-3.
+// A block has 16 · M query rows, M = 1 or 4, and walks over tiles of 32 keys; of few rows, two groups of its threads
+// have tiles of their own and add up their results in shared memory at the end, so that a unit's keys need not be split
+// between blocks before there are too few of these. Of queries, keys and outputs a warp has 64 columns, of codes and
+// few rows 128 (and 16 of those that are not values). Elements of its columns it copies by itself up to two tiles
+// ahead; rows of codes are copied as they are (gathered_supply.cuh), and a warp makes 16-bit elements of its columns.
+// The warps' parts of the scores meet in shared memory, where the online softmax adds them up; before and after it the
+// warps of a group wait for each other. Weights of few rows are used as sums of two 16-bit numbers where keys are no
+// codes, so that the result's own rounding is all that shows: 1.7e-3 rms in bfloat16. Others are one number, as on
+// Hopper: 2.0e-3.
 //
-// Elements of T are bound by memory with few rows. Codes are bound by latency and by the port of shared memory: 12
-// warps run on a processor, as many as their registers allow, and issue an instruction in 40-50 % of cycles; a tile of
-// V3.2 takes the port 1670 of 2600 cycles, of which copies take 530 instead of 144, as its rows begin at any multiple
-// of 16 bytes and the columns of a warp, therefore, in two lines. Half of the time is conversion with the scores, a
-// third the softmax and the values. Sixteen warps with 64 columns each have a third more instructions and take 10-16 %
-// longer. Many rows are bound by latency, too, with 8 warps.
-// H200, part of the copy bandwidth (4.27 TB/s), 16 heads: sparse, batch 128, topk 2048 out of 2^20 rows, bfloat16 77 %,
-// V3.2 FP8 44 %, NVFP4 23 %, V4 FP8 48 %, V4.1 FP8 42 %; dense, batch 64, 16384 keys, bfloat16 96 %, FP8 57 %. 64
-// heads: bfloat16 36 % and 37 %, codes 11-17 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 139 | 211 TFLOPS.
+// Elements of T are bound by memory with few rows. Codes are bound by instructions and their latency: a tile of V4.1
+// takes a group 3500 cycles, of which conversion with the scores takes 1400, the softmax between two barriers 800, the
+// values 800, and 350 are waiting for rows, which their warp takes 2400 to ask for; the processor issues in 46 % of
+// cycles. Rows copied 16 bytes at a time by those who multiply held up all that goes to shared memory, 1000 cycles a
+// tile: three groups took 74 to 95 us instead of 72 to 76. Copied so by the warp of its own, as before sm_90, they take
+// 110 us. Sixteen warps with 64 columns each have a third more instructions. Many rows are bound by latency, too, with
+// 8 warps. H200, part of the copy bandwidth (4.28 TB/s), 16 heads: sparse, batch 128, topk 2048 out of 2^20 rows,
+// bfloat16 77 %, V3.2 FP8 54 %, NVFP4 28 %, V4 FP8 50 %, V4.1 FP8 46 %; dense, batch 64, 16384 keys, bfloat16 96 %, FP8
+// 56 %. 64 heads: bfloat16 36 % and 37 %, codes 10-16 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 138 | 209
+// TFLOPS.
 #include <algorithm>
 #include <new>
 
@@ -31,15 +33,16 @@ namespace {
 extern __shared__ __align__(128) std::uint8_t shared_memory[];
 
 template <class T, int M, class Formats>
-__global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads* kGroups<M, Formats::kPlain>, 1)
+__global__ void __launch_bounds__(threads_of<M, Formats::kPlain>* kGroups<M>, 1)
     attend_gathered_mma_cuda_kernel(const __grid_constant__ GatheredAttention p, Destination to, Memory memory,
                                     int row_blocks) {
   constexpr bool kPlain = Formats::kPlain, kScaled = Formats::kScaled;
   using L = LayoutOf<M, kPlain>;
   constexpr int kOwn = L::kOwnSlices;
-  __shared__ ColumnBytes columns_of_pools[2][Formats::kKnown ? 1 : kSlices];
-  __shared__ alignas(Unit) unsigned char unit_memory[sizeof(Unit)];  // registers are scarce
+  __shared__ alignas(RowParts) unsigned char parts_memory[2 * sizeof(RowParts)];  // of both pools
+  __shared__ alignas(Unit) unsigned char unit_memory[sizeof(Unit)];               // registers are scarce
   __shared__ float score_scale;
+  RowParts* const parts_of_pools = reinterpret_cast<RowParts*>(parts_memory);
   std::uint8_t* const shared = shared_memory + threadIdx.y * memory.bytes;
   OfGroup<L>& own = *reinterpret_cast<OfGroup<L>*>(shared + memory.own_at);
   float* const scores = reinterpret_cast<float*>(shared + memory.scores_at);
@@ -53,77 +56,84 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads* kGroup
     new (unit_memory) Unit(p, blockIdx.x / row_blocks, last_row());
     score_scale = static_cast<float>(p.softmax_scale) * kLog2E * k_scale(p);
   }
-  if (!Formats::kKnown && threadIdx.y == 0 && threadIdx.x < 2 * kSlices)
-    columns_of_pools[threadIdx.x / kSlices][threadIdx.x % kSlices] =
-        column_bytes(p.pools[threadIdx.x / kSlices].format, static_cast<int>(p.d_qk), threadIdx.x % kSlices);
+  if (!Formats::kKnown && threadIdx.y == 0 && threadIdx.x < 2)
+    parts_of_pools[threadIdx.x] = row_parts(p.pools[threadIdx.x].format, static_cast<int>(p.d_qk));
+  constexpr bool kSupplied = supplied<M, kPlain>, kTurned = kSupplied;  // codes go from registers to the products
+  if (!kPlain && threadIdx.x == 0) own.supply.init(kSupplied ? 1 : L::kWarps, L::kWarps);
   __syncthreads();
   const Unit& unit = *reinterpret_cast<const Unit*>(unit_memory);
   const auto first_tile = [&](unsigned group) {
     return to.parts.first_tile(blockIdx.y * blockDim.y + group, unit.tiles, blockDim.y);
   };
-  const int begin = first_tile(threadIdx.y);
-  if (threadIdx.x == 0) own.end = first_tile(threadIdx.y + 1);
-  sync_group();
-
-  TileRows<L::kWarps> rows(p, unit, begin, own.rows);
-  const Stage layout{kPlain ? 0 : memory.stage.code_bytes};
-  constexpr bool kTurned = !kPlain && M == 1;  // codes go from registers to the products
-  const int stages = kPlain ? 2 : memory.stages;
-  const auto stage_of = [&](int t) {
-    return StageColumns<kOwn>(shared + (stages == 2 ? t % 2 * layout.bytes() : 0), layout, warp);
-  };
+  const int begin = first_tile(threadIdx.y), stages = kPlain ? 2 : memory.stages;
+  const Stage layout{kPlain ? 0 : memory.stage.stride};
+  const auto stage_of = [&](int n) { return shared + Supply::stage(n, stages) * layout.bytes(); };
   const auto format_of = [&](int t) {
     if constexpr (Formats::kKnown)
       return Formats::kOnly;
     else
       return p.pools[unit.pool_of(t)].format;
   };
-  const auto columns_of = [&](int t) {
-    const auto number = [&](int nth) {
-      if constexpr (Formats::kKnown)
-        return column_bytes(Formats::kOnly, static_cast<int>(p.d_qk), nth);
-      else
-        return columns_of_pools[unit.pool_of(t)][nth];
-    };
-    ColumnsOfWarp<kOwn> columns;
-#pragma unroll
-    for (int slice = 0; slice < kOwn; ++slice) columns.slices[slice] = number(warp * kOwn + slice);
-    columns.end = number(warp);
-    return columns;
+  const auto parts_of = [&](int t) {
+    if constexpr (Formats::kKnown)
+      return row_parts(Formats::kOnly, static_cast<int>(p.d_qk));
+    else
+      return parts_of_pools[unit.pool_of(t)];
+  };
+  if (kSupplied && warp == L::kWarps) {
+    supply_rows(p, unit, own.supply, stages, begin, first_tile(threadIdx.y + 1), stage_of, parts_of);
+    return;
+  }
+  if (threadIdx.x == 0) own.end = first_tile(threadIdx.y + 1);
+  sync_group();
+  TileRows<L::kWarps> rows(p, unit, begin, own.rows);
+  const auto find = [&](int t) {
+    if constexpr (!kSupplied) rows.find(t);
   };
   const auto copy = [&](int t) {
-    constexpr bool kOnce = !kPlain && M == 1;  // codes of so few query rows are read by one block, rarely by some
-    if (t < own.end) stage_of(t).template copy<kOnce>(columns_of(t), rows.of(t));
-    cuda::end_copy_group();
+    constexpr int kRows = kTileKeys / L::kWarps;
+    if constexpr (kPlain) {
+      if (t < own.end) copy_columns(stage_of(t - begin), static_cast<int>(p.d_qk), rows.of(t));
+      cuda::end_copy_group();
+    } else if (t < own.end) {
+      const int key = warp * kRows + lane % kRows, n = t - begin;
+      copy_rows<kRows, false>(stage_of(n), parts_of(t), warp * kRows, {rows.of(t).data[key], rows.of(t).scales[key]},
+                              own.supply.full[Supply::stage(n, stages)]);
+    }
   };
+  if constexpr (!kSupplied) {
+    for (int t = begin; t < begin + rows.kTiles; ++t) find(t);
+    sync_group();
+    for (int t = begin; t < begin + stages; ++t) copy(t);
+  }
   const QueryColumns<T, L, kTurned> queries(p, unit, first_row, shared + memory.queries_at);
-  for (int t = begin; t < begin + rows.kTiles; ++t) rows.find(t);
-  sync_group();
-  for (int t = begin; t < begin + stages; ++t) copy(t);
   RowState state;
   Outputs<T, L> outputs;
 
   for (int t = begin; t < own.end; ++t) {
-    const StageColumns<kOwn> stage = stage_of(t);
-    std::uint8_t* const tile = kPlain ? stage.main : shared + memory.tiles_at + warp * kOwn * kSliceBytes;
+    const int n = t - begin;
+    std::uint8_t* const stage = stage_of(n);
+    std::uint8_t* const slices = kPlain ? stage : shared + memory.tiles_at;
+    std::uint8_t* const tile = slices + warp * kOwn * kSliceBytes;
     {
-      const ColumnsOfWarp<kOwn> columns = columns_of(t);
+      const RowParts parts = parts_of(t);
       const RowFormat format = format_of(t);
       const bool of_codes = kScaled && format == RowFormat::v32_fp8;
-      if (stages == 1)
-        cuda::await_copy_groups<0>();
-      else
+      if constexpr (kPlain) {
         cuda::await_copy_groups<1>();
-      __syncwarp();
+        __syncwarp();
+      } else {
+        own.supply.full[Supply::stage(n, stages)].wait(Supply::phase(n, stages));
+      }
       Scores<T, L> products;
       if constexpr (!kPlain) {
 #pragma unroll
         for (int slice = 0; slice < kOwn; ++slice)
-          convert_slice<T>(format, columns, stage, slice, [&](int group, const KeyPieces<T>& keys) {
+          convert_slice<T>(format, parts, stage, warp * kOwn + slice, [&](int group, const KeyPieces<T>& keys) {
             keys.store(tile + slice * kSliceBytes, group);
             if constexpr (kTurned) products.add(queries, slice, group, keys);
           });
-        convert_tail<T>(columns, stage);
+        if (warp < kTailWarps && parts.has_tail()) convert_tail<T>(parts, stage, slices + kSlices * kSliceBytes);
         __syncwarp();
       }
       if constexpr (!kTurned) {
@@ -132,28 +142,34 @@ __global__ void __launch_bounds__(LayoutOf<M, Formats::kPlain>::kThreads* kGroup
       }
       if constexpr (kScaled) {
         constexpr int kWarpsOfGroup = L::kWarps / kScaleGroups;
-        if (of_codes) products.scale(stage.scales);
+        const auto scale_of = [&](int key) {
+          return reinterpret_cast<const float*>(stage + parts.at(key) + parts.scales)[warp / kWarpsOfGroup];
+        };
+        if (of_codes) products.scale(scale_of);
         if (warp % kWarpsOfGroup == 0)
-          own.scales[warp / kWarpsOfGroup * kTileKeys + lane] = of_codes ? __uint_as_float(stage.scales[lane]) : 1.f;
+          own.scales[warp / kWarpsOfGroup * kTileKeys + lane] = of_codes ? scale_of(lane) : 1.f;
       }
-      if (columns.end.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
-      products.store(scores);
-      if constexpr (!kPlain) {
+      if constexpr (kSupplied) {
         __syncwarp();
-        copy(t + stages);
+        if (lane == 0) own.supply.free[Supply::stage(n, stages)].arrive();
       }
+      if (warp < kTailWarps && parts.has_tail()) products.add(queries, L::kMainSteps, slices + kSlices * kSliceBytes);
+      products.store(scores);
     }
     sync_group();
     bool rescaled;
     {
       const int row_of_block = threadIdx.x / L::kLanes, first_key = unit.key(t, 0);
       float s[L::kKeysOfLane];
-      read_scores<L>(scores, rows.of(t).valid, unit.seen(p, first_row + row_of_block) - first_key, score_scale, s);
-      const float rescale = weigh<T, L, kScaled>(s, own.scales, state, weights);
+      const float to_value = 1 / element_unit(parts_of(t));
+      const std::uint32_t valid = kSupplied ? own.supply.valid[t % Supply::kTiles] : rows.of(t).valid;
+      read_scores<L>(scores, valid, unit.seen(p, first_row + row_of_block) - first_key, score_scale * to_value, s);
+      const float rescale = weigh<T, L, kScaled>(s, kWeightUnit<T> * to_value, own.scales, state, weights);
       if (threadIdx.x % L::kLanes == 0) own.factors[row_of_block] = rescale;
       rescaled = cuda::named_sync_or(threadIdx.y + 1, L::kThreads, rescale != 1);
     }
-    rows.find(t + rows.kTiles);
+    if constexpr (!kPlain && !kSupplied) copy(t + stages);
+    find(t + rows.kTiles);
     if (rescaled) outputs.rescale(own.factors);
     const int first_key = unit.key(t, 0);
     const T* const own_weights =
@@ -197,9 +213,7 @@ __global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
     TileRows<L::kWarps> rows(p, unit, t, rows_storage);
     rows.find(t);
     __syncthreads();
-    const StageColumns<1> stage(shared_memory, memory.stage, warp);
-    const ColumnBytes columns = column_bytes(RowFormat::plain, static_cast<int>(p.d_qk), warp);
-    stage.copy<false>(ColumnsOfWarp<1>{{columns}, columns}, rows.of(t));
+    copy_columns(shared_memory, static_cast<int>(p.d_qk), rows.of(t));
     cuda::end_copy_group();
     cuda::await_copy_groups<0>();
     __syncwarp();
@@ -207,8 +221,9 @@ __global__ void __launch_bounds__(Layout<1, 1>::kThreads, 2)
       const QueryColumns<T, L, false> queries(p, unit, first_row, nullptr);
       Scores<T, L> products;
 #pragma unroll
-      for (int i = 0; i < L::kMainSteps; ++i) products.add(queries, i, stage.main);
-      if (columns.tail_pieces > 0) products.add(queries, L::kMainSteps, stage.tail);
+      for (int i = 0; i < L::kMainSteps; ++i) products.add(queries, i, shared_memory + warp * kSliceBytes);
+      if (warp < kTailWarps && p.d_qk > kMostValues)
+        products.add(queries, L::kMainSteps, shared_memory + kSlices * kSliceBytes);
       products.store(scores);
       __syncthreads();
       float s[L::kKeysOfLane];
@@ -234,10 +249,10 @@ void start(const char* operation, const GatheredAttention& p, const Memory& memo
   const auto kernel = attend_gathered_mma_cuda_kernel<T, M, Formats>;
   const auto row_blocks = static_cast<int>(cuda::ceil_div<std::int64_t>(p.rows(), L::kRows));
   const Destination to = destination(p, launch);
-  const int groups = std::min(p.work().plan().groups, groups_of<M, Formats::kPlain>(memory));
+  const int groups = std::min(p.plan.groups, groups_of<M>(memory));
   cuda::allow_shared_bytes(operation, kernel, groups * memory.bytes);
   cuda::launch(operation, kernel, dim3(static_cast<unsigned>(p.units() * row_blocks), to.parts.count),
-               dim3(L::kThreads, groups), groups * memory.bytes, launch, p, to, memory, row_blocks);
+               dim3(threads_of<M, Formats::kPlain>, groups), groups * memory.bytes, launch, p, to, memory, row_blocks);
 }
 
 /// Of the formats that few rows have kernels for, that of all keys; otherwise of any.
@@ -245,7 +260,7 @@ template <int M>
 void start_rows(const char* operation, const GatheredAttention& p, const Memory& memory, const Launch& launch) {
   const auto run = [&]<class T, class Formats>() { start<T, M, Formats>(operation, p, memory, launch); };
   using Plain = OneFormat<RowFormat::plain>;
-  const bool plain = memory.stage.code_bytes == 0;
+  const bool plain = attention::plain(p);
   if (p.dtype == DType::float16)
     return plain ? run.template operator()<float16, Plain>() : run.template operator()<float16, AnyFormat<false>>();
   if (plain) return run.template operator()<bfloat16, Plain>();
@@ -276,7 +291,7 @@ void start_rows(const char* operation, const GatheredAttention& p, const Memory&
 bool fits_gathered_mma(const GatheredAttention& p) {
   if (p.dtype != DType::bfloat16 && p.dtype != DType::float16) return false;
   if (!multiple(p.d_qk, 8) || p.d_qk == 0 || p.d_qk > kMostColumns || p.d_v > kMostValues) return false;
-  const int q_bytes = code_bytes(p) == 0 ? 4 : 16, elements = q_bytes / 2;  // of queries that are read at once
+  const int q_bytes = plain(p) ? 4 : 16, elements = q_bytes / 2;  // of queries that are read at once
   if (!multiple(p.q, q_bytes) || !multiple(p.q_strides.request, elements) || !multiple(p.q_strides.query, elements) ||
       !multiple(p.q_strides.head, elements))
     return false;

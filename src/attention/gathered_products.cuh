@@ -24,7 +24,7 @@ struct Layout {
   /// 16-bit numbers whose sum is a weight: two where nothing but memory bounds the kernel.
   static constexpr int kTerms = M == 1 && kOwn == 1 ? 2 : 1;
   static constexpr int kWeights = kRows * kWeightStride;
-  static constexpr int kQueryBytes = M == 1 ? 0 : kRows * (kSlices * kMainBytes + kTailWarps * kTailBytes);
+  static constexpr int kQueryBytes = M == 1 ? 0 : kRows * (kSlices + 1) * kMainBytes;
 };
 
 /// A warp's part of a score in shared memory: [kWarps, rows, kTileKeys], keys permuted in groups of 8, so that neither
@@ -46,7 +46,7 @@ class QueryColumns {
   __device__ QueryColumns(const GatheredAttention& p, const Unit& unit, int first_row, std::uint8_t* shared) {
     const int warp = threadIdx.x / cuda::kWarpSize, lane = threadIdx.x % cuda::kWarpSize;
     std::uint8_t* const main = shared + warp * L::kRows * kMainBytes;
-    std::uint8_t* const tail = shared + L::kRows * (kSlices * kMainBytes + warp % kTailWarps * kTailBytes);
+    std::uint8_t* const tail = shared + L::kRows * kSlices * kMainBytes;
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
       const int row = half * 8 + lane / 4, of_unit = first_row + row;
@@ -73,8 +73,9 @@ class QueryColumns {
           const bool own = !at_end || warp < kTailWarps;
           const std::uint32_t pair = own && column < d_qk ? *reinterpret_cast<const std::uint32_t*>(q + column) : 0u;
           if constexpr (kShared)
-            *reinterpret_cast<std::uint32_t*>((at_end ? tail + tail_at(row, k) : main + main_at(row, i * 2 + k)) +
-                                              lane % 4 * 4) = pair;
+            *reinterpret_cast<std::uint32_t*>(
+                (at_end ? tail + main_at(row, warp * kTailPieces + k) : main + main_at(row, i * 2 + k)) +
+                lane % 4 * 4) = pair;
           else
             a_[i][k * 2 + half] = pair;
         }
@@ -83,15 +84,14 @@ class QueryColumns {
     if constexpr (kShared) {
       __syncwarp();
       main_ = cuda::shared_address(main) + main_at(lane % 16, lane / 16);
-      tail_ = cuda::shared_address(tail) + tail_at(lane % 16, lane / 16);
+      tail_ = cuda::shared_address(tail) + main_at(lane % 16, warp * kTailPieces + lane / 16);
     }
   }
 
   /// The operand of the i-th step and the m-th 16 rows.
   __device__ void load(std::uint32_t (&a)[4], int i, int m) const {
     if constexpr (kShared) {
-      cuda::load_matrices(
-          a, i == kMainSteps ? tail_ + m * kRowsOfTile * kTailBytes : (main_ ^ i * 32) + m * kRowsOfTile * kMainBytes);
+      cuda::load_matrices(a, (i == kMainSteps ? tail_ : main_ ^ i * 32) + m * kRowsOfTile * kMainBytes);
     } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[j] = a_[i][j];
@@ -110,16 +110,17 @@ struct Scores {
   static constexpr int kTiles = kTileKeys / 8;
   float s[M][kTiles][4] = {};
 
-  /// Adds those of the columns of step i, from a slice (or the last columns) of a tile in shared memory.
+  /// Adds those of the columns of step i, from a slice (or the columns behind the values) of a tile in shared memory.
   template <bool kTurned>
   __device__ void add(const QueryColumns<T, L, kTurned>& queries, int i, const std::uint8_t* tile) {
     const int lane = threadIdx.x % cuda::kWarpSize, key = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
     const bool at_end = i == kMainSteps;
     const std::uint32_t from =
-        cuda::shared_address(tile) + (at_end ? tail_at(key, half) : main_at(key, half) ^ i % kSteps * 32);
+        cuda::shared_address(tile) +
+        main_at(key, (at_end ? threadIdx.x / cuda::kWarpSize * kTailPieces : i % kSteps * 2) + half);
     std::uint32_t b[kTiles / 2][4];
 #pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) cuda::load_matrices(b[n], from + n * 16 * (at_end ? kTailBytes : kMainBytes));
+    for (int n = 0; n < kTiles / 2; ++n) cuda::load_matrices(b[n], from + n * 16 * kMainBytes);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       std::uint32_t a[4];
@@ -145,10 +146,12 @@ struct Scores {
   }
 
   /// Multiplies by numbers of the keys.
-  __device__ void scale(const std::uint32_t* scales) {
+  template <class ScaleOf>
+  __device__ void scale(const ScaleOf& scale_of) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const float2 by = reinterpret_cast<const float2*>(scales)[n * 4 + threadIdx.x % 4];
+      const int key = n * 8 + threadIdx.x % 4 * 2;
+      const float2 by = {scale_of(key), scale_of(key + 1)};
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         float (&of_8)[4] = s[m][n];

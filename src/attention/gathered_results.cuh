@@ -3,6 +3,7 @@
 
 #include "src/attention/gathered_rows.cuh"
 #include "src/attention/gathered_softmax.cuh"
+#include "src/attention/gathered_supply.cuh"
 #include "src/cuda/ptx/barrier.cuh"
 
 // What a block of gathered_mma_cuda.cu does when it has seen all its keys.
@@ -20,9 +21,8 @@ inline bool multiple(const void* pointer, std::int64_t of) {
 }
 
 inline Destination destination(const GatheredAttention& p, const Launch& launch) {
-  return {Parts<float>(p.work(), launch), multiple(p.out, 4) && multiple(p.d_v, 2) &&
-                                              multiple(p.out_strides.request, 2) && multiple(p.out_strides.query, 2) &&
-                                              multiple(p.out_strides.head, 2)};
+  return {Parts<float>(p, launch), multiple(p.out, 4) && multiple(p.d_v, 2) && multiple(p.out_strides.request, 2) &&
+                                       multiple(p.out_strides.query, 2) && multiple(p.out_strides.head, 2)};
 }
 
 #ifdef __CUDACC__
@@ -39,6 +39,7 @@ struct OfGroup {
   float scales[kScaleGroups * kTileKeys];
   float factors[L::kRows];
   float2 states[L::kRows];  ///< maximum, in the unit of log2, and sum
+  Supply supply;            ///< of codes and few rows
   int end;                  ///< the first tile that is not its own any more
 };
 

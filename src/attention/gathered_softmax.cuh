@@ -64,11 +64,11 @@ struct RowState {
   float most = -INFINITY, base = -INFINITY, sum = 0;  ///< most, sum: perhaps of the thread's own keys alone
 };
 
-/// Continues the softmax of the thread's row with its scores, and stores their weights; what is to be done with earlier
-/// sums.
+/// Continues the softmax of the thread's row with its scores, and stores their weights in that unit; what is to be done
+/// with earlier sums.
 template <class T, class L, bool kScaled>
-__device__ __forceinline__ float weigh(const float (&s)[L::kKeysOfLane], const float* scales, RowState& state,
-                                       T* weights) {
+__device__ __forceinline__ float weigh(const float (&s)[L::kKeysOfLane], float unit, const float* scales,
+                                       RowState& state, T* weights) {
   constexpr int kTerms = L::kTerms;
   constexpr int kKeys = L::kKeysOfLane, kRun = Keys<L>::kRun;
   const int row = threadIdx.x / L::kLanes;
@@ -101,7 +101,7 @@ __device__ __forceinline__ float weigh(const float (&s)[L::kKeysOfLane], const f
       cuda::Pack<std::uint32_t, kRun / 2> terms[kTerms];
 #pragma unroll
       for (int j = 0; j < kRun; j += 2) {
-        float x = p[run * kRun + j] * kWeightUnit<T>, y = p[run * kRun + j + 1] * kWeightUnit<T>;
+        float x = p[run * kRun + j] * unit, y = p[run * kRun + j + 1] * unit;
         if constexpr (kScaled) {
           const float2 scale = *reinterpret_cast<const float2*>(scales + group * kTileKeys + first + j);
           x *= scale.x, y *= scale.y;

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-// Barriers and the ordering of Hopper's asynchronous units (sm_90). Source: PTX ISA 8.x, sections on mbarrier, barrier,
-// fence, griddepcontrol and setmaxnreg.
+// Barriers and the ordering of Hopper's asynchronous units (sm_90); named barriers, and MBarrier within a block and
+// without bytes of copies, from sm_80 on. Source: PTX ISA 8.x, sections on mbarrier, barrier, fence, griddepcontrol and
+// setmaxnreg.
 
 namespace dsm::cuda {
 
@@ -41,6 +42,7 @@ class MBarrier {
   }
   __device__ bool try_wait(std::uint32_t parity) {
     std::uint32_t done;
+#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{ .reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
@@ -48,6 +50,15 @@ class MBarrier {
         : "=r"(done)
         : "r"(address()), "r"(parity)
         : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(address()), "r"(parity)
+        : "memory");
+#endif
     return done;
   }
   __device__ void wait(std::uint32_t parity) {

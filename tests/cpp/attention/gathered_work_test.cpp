@@ -37,9 +37,9 @@ TEST(GatheredWork, InvariantPromptsTakeNoMemory) {
 
 TEST(GatheredWork, GroupsComeBeforeSplits) {
   GatheredWork decode = work(128, 1, 16, 2048);
-  decode.batch_invariant = false, decode.blocks = 3, decode.grouped = true;
+  decode.batch_invariant = false, decode.grouped = true;
   EXPECT_EQ(decode.plan().splits, 1);
-  EXPECT_EQ(decode.plan().groups, 3);
+  EXPECT_EQ(decode.plan().groups, kFewBlocks);
   EXPECT_EQ(decode.workspace_bytes(), 0u);
   decode.units = decode.requests = 4096;  // they fill the processors by themselves
   EXPECT_EQ(decode.plan().splits, 1);
