@@ -62,13 +62,18 @@ __device__ __forceinline__ void copy_rows(std::uint8_t* stage, const RowParts& p
   }
 #else
   if (lane == 0) full.arrive();
-  for (int i = lane; i - lane < kCount * parts.pieces; i += cuda::kWarpSize) {
-    const int nth = min(i / parts.pieces, kCount - 1), byte = (i - nth * parts.pieces) * kPiece;
-    const std::uint8_t* const from = row_of(nth);
-    if (byte < parts.pieces * kPiece)
-      (kOnce ? cuda::copy_async_once : cuda::copy_async<kPiece>)(to + parts.at(first + nth) + byte, from + byte,
-                                                                 byte < parts.limit ? kPiece : 0);
-  }
+  const auto copy = [&](int nth, const std::uint8_t* from, int piece) {
+    (kOnce ? cuda::copy_async_once : cuda::copy_async<kPiece>)(to + parts.at(first + nth) + piece * kPiece,
+                                                               from + piece * kPiece,
+                                                               piece * kPiece < parts.limit ? kPiece : 0);
+  };
+  // What all rows have of codes, neighbouring lanes neighbouring pieces; then what else they have, each lane of its
+  // own.
+  const int together = parts.fp4 ? 16 : 32, part = parts.fp4 ? lane / 16 : 0, piece = parts.fp4 ? lane % 16 : lane;
+#pragma unroll 8
+  for (int i = 0; i < kCount; i += cuda::kWarpSize / together) copy(i + part, row_of(i + part), piece);
+  if (lane < kCount)
+    for (int more = together; more < parts.pieces; ++more) copy(lane, row.data, more);
 #endif
   full.arrive_after_copies();
 }
