@@ -11,8 +11,9 @@ namespace dsm {
 /// One operator and its implementations, best first.
 struct OperatorInfo {
   struct Row {
-    std::string name;  ///< "cpu" (the specification), "cuda" (sm_80 and newer) or "sm90" (tuned for Hopper)
-    bool built;        ///< false when this build leaves the implementation out
+    /// "cpu" (the specification), "cuda" (sm_80 and newer), "sm90" (tuned for Hopper), or "prefill": by that operator
+    std::string name;
+    bool built;  ///< false when this build leaves the implementation out
   };
   std::string family;
   std::string name;

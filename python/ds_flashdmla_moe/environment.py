@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
 
 
 def active_implementations() -> dict[str, dict[str, str]]:
-    """For every operator the best implementation on each kind of device of this machine, "none" where it has none.
+    """For every operator its best own implementation on each kind of device of this machine, "none" where it has none.
 
     A request can still be refused by that implementation and taken by the next: see ``dsm explain``.
     """

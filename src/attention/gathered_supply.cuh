@@ -4,9 +4,9 @@
 #include "src/attention/gathered_columns.cuh"
 #include "src/cuda/ptx/bulk_copy.cuh"
 
-// Rows of codes are copied as they are to stages that all warps of a group read: from sm_90 on by bulk copies, which do
-// not hold up what other instructions want of shared memory when memory has much to do. For few query rows a warp of
-// its own does so; otherwise all warps do, each for some rows.
+// Rows of codes are copied as they are to stages that all warps of a group read: in code for sm_90 and newer by bulk
+// copies, which do not hold up what other instructions want of shared memory when memory has much to do. For few query
+// rows a warp of its own does so; otherwise all warps do, each for some rows.
 namespace dsm::attention {
 
 /// The stages of a group of threads, of which there are one or two. The n-th tile, from 0, is in stage(n), whose use

@@ -85,7 +85,7 @@ def sparse_mla_decode(
     sigmoid(lse_h − attn_sink_h)``. An index below 0 or beyond the last row is no key, one that is listed twice counts
     twice, and rows that are not listed have no effect. Arithmetic as in :func:`mla_decode`. On Hopper, where the
     queries of a request name the rows of the caches many times over (a prompt), all rows are dequantised once, into
-    memory that is no larger than q and out.
+    memory that is no larger than q and out, beside a copy of the lists.
 
     Args:
         q: ``[batch, s_q, h_q, d_qk]``, float64, float32, float16 or bfloat16.

@@ -31,7 +31,7 @@
 // same input; reference points that lag until a score exceeds them by 8 would make calls of pairs 2 to 5 % faster, and
 // the error 1.01 to 1.03 of FlashMLA's. Of a short call 3 us are the launch, 1.5 the part, 0.6 the page and 2.5 the
 // first keys; a piece of 64 rows takes 3 us to be stored, what the L2 takes in, and 16 rows 1; the combining kernel has
-// the pieces 1 us after the last store and takes 1 to 6. Of both, instructions that run once cost 10 to 25 cycles each.
+// the pieces 1 us after the last store and takes 1 to 6. In both, instructions that run once cost 10 to 25 cycles each.
 // Smaller blocks of keys would not help: all multiprocessors together wait for the memory, then.
 //
 // A block of keys takes a call of few blocks 3900 cycles at 1.76 GHz, with or without a flush of the L2 before. From

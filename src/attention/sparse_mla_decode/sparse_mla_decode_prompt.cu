@@ -170,6 +170,7 @@ Reason sparse_mla_decode_prompt_refusal(const SparseMlaDecodeArgs& a) {
   if (!cuda::packable({a.q, a.out, copied_rows(a, nullptr)})) return "takes rows aligned to 16 bytes";
   if (a.q.size(0) * items > INT32_MAX / 2 || keys_of(a) > 1 << 30 || rows > INT32_MAX) return "takes smaller calls";
   if (reads_in_place(a)) return "";
+  if (a.batch_invariant) return "takes batch_invariant calls of one bfloat16 cache, which it does not copy";
   if (items * keys_of(a) < kReadsOfRow * rows) return "takes lists that name most rows many times";
   if (rows * d_qk > s_q * h_q * (d_qk + kValues)) return "takes caches of no more values than queries and results";
   return "";

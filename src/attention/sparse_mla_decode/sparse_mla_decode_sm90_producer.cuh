@@ -76,8 +76,9 @@ __device__ __forceinline__ cuda::L2Hint row_hint() {
   return gridDim.x == 1 ? cuda::L2Hint::kEvictFirst : cuda::L2Hint::kEvictNormal;
 }
 
-/// Brings a quarter of a row of each block. The pieces of a row are asked for in two lots, each as soon as that of the
-/// row before has been converted, so that most of a row is always on its way; its index a block earlier.
+/// Brings a quarter of a row of each block. The pieces of a row are asked for in two lots, where kAsksEarly each as
+/// soon as that of the row before has been converted, so that most of a row is always on its way; its index a block
+/// earlier.
 template <class Record, class Extra>
 class RowStream {
  public:
