@@ -15,8 +15,9 @@
 // takes a group 3500 cycles, of which conversion with the scores takes 1400, the softmax between two barriers 800, the
 // values 800, and 350 are waiting for rows, which their warp takes 2400 to ask for; the processor issues in 46 % of
 // cycles. Rows copied 16 bytes at a time by those who multiply held up all that goes to shared memory, 1000 cycles a
-// tile: three groups took 74 to 95 us instead of 72 to 76. Copied so by the warp of its own, as before sm_90, they take
-// 110 us. Sixteen warps with 64 columns each have a third more instructions. Many rows are bound by latency, too, with
+// tile: three groups took 74 to 95 us instead of 72 to 76. Copied so by the warp of its own, they took 110 us when that
+// asked for one row after another; before sm_90 it asks for eight at a time, which has not been timed. Sixteen warps
+// with 64 columns each have a third more instructions. Many rows are bound by latency, too, with
 // 8 warps. H200, part of the copy bandwidth (4.28 TB/s), 16 heads: sparse, batch 128, topk 2048 out of 2^20 rows,
 // bfloat16 77 %, V3.2 FP8 54 %, NVFP4 28 %, V4 FP8 50 %, V4.1 FP8 46 %; dense, batch 64, 16384 keys, bfloat16 96 %, FP8
 // 56 %. 64 heads: bfloat16 36 % and 37 %, codes 10-16 %. Prefill, 512 queries, topk 2048, 16 | 128 heads: 138 | 209

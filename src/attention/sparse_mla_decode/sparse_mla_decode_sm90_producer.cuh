@@ -143,7 +143,8 @@ class RowStream {
 };
 
 /// Whether a row's first lot is asked for before the second one of the row before has been stored: with V4 15 % faster
-/// at 128 heads and 3 % at 64, with V4.1 3 %; with V3.2 2 to 4 % slower, with NVFP4 4, with a second cache of FP4 16.
+/// at 128 heads and 3 % at 64, with V4.1 3 %; with V3.2 2 to 4 % slower, with NVFP4 4, with a second cache of FP4 16
+/// (L2 flushed by writing; flushed by reading, V3.2 is as fast).
 template <class Record, class Extra>
 inline constexpr bool kAsksEarly = Record::kWidth == kValues && std::is_same_v<Record, Extra>;
 
